@@ -1,0 +1,106 @@
+"""Argument checks: the one place that words an error.
+
+Every message names the argument, says what was given and what is accepted. Values are checked
+where they are concrete; a traced value passes, because looking at it would stop the trace.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
+
+import numpy as np
+
+
+class ArgumentError(ValueError):
+    """An argument that is not accepted.
+
+    The message reads ``name: got GIVEN; accepted: ACCEPTED.``
+    """
+
+    def __init__(self, name: str, given: str, accepted: str):
+        super().__init__(f"{name}: got {given}; accepted: {accepted}.")
+
+
+def is_host(value: Any) -> bool:
+    """Whether `value` is a Python or NumPy number or array: reading it waits for no device."""
+    return isinstance(value, (bool, int, float, np.ndarray, np.generic))
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether `value` is a number or array that can be read without stopping a trace."""
+    if is_host(value):
+        return True
+    # Imported here: the command line checks its arguments before it pays for importing JAX.
+    import jax
+
+    return isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+
+
+def is_schedule(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether `value` is an optax schedule: a function of the step count."""
+    return callable(value)
+
+
+def scalar(name: str, value: Any, accepted: str, holds: Callable[[float], bool]) -> Any:
+    """A concrete scalar as a Python float for which `holds`; anything traced as it is.
+
+    A Python float (weakly typed) lets 0, 0.0 and float32(0) share one trace, and loses no
+    precision when 64-bit floats are enabled.
+    """
+    if not is_concrete(value):
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if shape != () or dtype is None or not np.issubdtype(dtype, np.number):
+            raise ArgumentError(name, describe(value), accepted)
+        return value
+    if isinstance(value, bool) or np.shape(value) != () or np.asarray(value).dtype.kind in "bcOSU":
+        raise ArgumentError(name, describe(value), accepted)
+    number = float(value)
+    if not holds(number):
+        raise ArgumentError(name, repr(number), accepted)
+    return number
+
+
+def nonnegative(name: str, value: Any) -> Any:
+    """A finite scalar >= 0."""
+    return scalar(name, value, "a finite number >= 0", lambda v: math.isfinite(v) and v >= 0)
+
+
+def positive(name: str, value: Any) -> Any:
+    """A scalar > 0 (infinity allowed: a threshold that is never reached)."""
+    return scalar(name, value, "a number > 0", lambda v: v > 0)
+
+
+def fraction(name: str, value: Any) -> Any:
+    """A scalar in [0, 1), such as a dropout rate."""
+    return scalar(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def number_or_schedule(name: str, value: Any) -> Any:
+    """A finite scalar >= 0, or an optax schedule (checked by nobody until it is called)."""
+    return value if is_schedule(value) else nonnegative(name, value)
+
+
+def params_given(params: Any) -> Any:
+    """The params of an optax ``update``, for a transformation that can't do without."""
+    if params is None:
+        raise ArgumentError("params", "None", "the parameters: call update(grads, state, params)")
+    return params
+
+
+def choice(name: str, value: str, options: Iterable[str]) -> str:
+    """One of `options`; the error names the nearest one."""
+    options = list(options)
+    if value not in options:
+        near = difflib.get_close_matches(value, options, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ArgumentError(name, repr(value) + hint, ", ".join(options))
+    return value
+
+
+def describe(value: Any) -> str:
+    """A short description for an error message: arrays by shape and dtype, the rest by repr."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,105 @@
+"""Norms and dtypes of arrays in trees.
+
+``None``, ``optax.MaskedNode`` and empty containers hold no leaves, so `jax.tree.map` and
+`jax.tree.leaves` already pass over them; nothing here needs a special case for them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype that sums and steps are computed in: `dtype`, or float32 where it is narrower."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in its `wide_dtype`."""
+    return x.astype(wide_dtype(x.dtype))
+
+
+def _sum_of_squares(leaves: list[jax.Array], scale: jax.Array) -> jax.Array:
+    """Sum |scale * x|^2 over every entry, accumulated in the dtype of `scale`."""
+
+    def of_leaf(x: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(x):
+            return of_leaf(x.real) + of_leaf(x.imag)
+        return jnp.sum(jnp.square(x.astype(scale.dtype) * scale))
+
+    return sum((of_leaf(x) for x in leaves), jnp.zeros((), scale.dtype))
+
+
+def _norm(leaves: list[jax.Array]) -> jax.Array:
+    bits = max(jnp.finfo(x.dtype).bits for x in leaves)
+    dtype = jnp.float64 if bits == 64 else jnp.float32
+    one = jnp.ones((), dtype)
+    plain = _sum_of_squares(leaves, one)
+    # Where some squares over- or underflow, a second pass works on the entries over the largest.
+    # The bounds are far inside the range of the dtype: what underflows beside a sum above the
+    # lower one is lost to rounding anyway.
+    info = jnp.finfo(dtype)
+    lower, upper = float(info.tiny) ** 0.5, float(info.max)
+
+    def scaled() -> jax.Array:
+        parts = [p for x in leaves if x.size for p in _real_parts(x)]
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p)).astype(dtype) for p in parts]))
+        usable = jnp.isfinite(largest) & (largest > 0)
+        divisor = jnp.where(usable, largest, one)
+        # Divided, not multiplied by the reciprocal, which overflows for denormal entries.
+        total = sum(
+            (jnp.sum(jnp.square(p.astype(dtype) / divisor)) for p in parts),
+            jnp.zeros((), dtype),
+        )
+        return jnp.where(usable, divisor * jnp.sqrt(total), largest)
+
+    in_range = (plain > lower) & (plain < upper)
+    return jax.lax.cond(in_range, lambda: jnp.sqrt(plain), scaled)
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+@jax.custom_jvp
+def _safe_norm(leaves: list[jax.Array]) -> jax.Array:
+    return _norm(leaves)
+
+
+@_safe_norm.defjvp
+def _safe_norm_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """d||x|| = <x, dx> / ||x||, and 0 at x = 0, where the norm has no gradient."""
+    (leaves,), (dots,) = primals, tangents
+    norm = _safe_norm(leaves)
+    divisor = jnp.where(norm > 0, norm, 1)
+    tangent = jnp.zeros_like(norm)
+    for x, dx in zip(leaves, dots, strict=True):
+        for part, dpart in zip(_real_parts(x), _real_parts(dx), strict=True):
+            unit = part.astype(norm.dtype) / divisor
+            tangent += jnp.sum(unit * dpart.astype(norm.dtype))
+    return norm, tangent
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    r"""Euclidean norm of every entry of a tree, $\|x\| = \sqrt{\sum_i |x_i|^2}$.
+
+    Accumulated in float32 at least, right where squares overflow or underflow, with gradient 0
+    at 0. An infinite entry gives infinity, a NaN gives NaN.
+
+    Args:
+        tree: real or complex floating arrays of any shapes.
+
+    Returns:
+        A scalar: float64 where a leaf holds 64-bit floats, else float32. 0 for an empty tree.
+
+    >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
+    5.0
+    >>> f"{global_norm(jnp.full(4, 1e-30)):.3g}"
+    '2e-30'
+    """
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    leaves = [x for x in leaves if x.size]
+    return _safe_norm(leaves) if leaves else jnp.zeros((), jnp.float32)

@@ -1,0 +1,86 @@
+"""Cross-entropy with label smoothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check, _tree
+
+
+def smoothed_cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float | jax.Array = 0.1
+) -> jax.Array:
+    r"""Cross-entropy against labels mixed with the uniform distribution over K classes.
+
+    With q the labels' distribution and e the smoothing, $L = -\sum_k ((1 - e) q_k + e / K) \log
+    p_k$, where p = softmax(logits). As ``torch.nn.CrossEntropyLoss(label_smoothing=e)``. No
+    one-hot array is made for integer labels; sums are in float32 at least, and the row's maximum
+    is taken off first, so that a shift of the logits changes nothing but rounding.
+
+    Args:
+        logits: unnormalized log-probabilities, shape (..., K), real floating.
+        labels: class indices, integers of shape (...), or probabilities of shape (..., K).
+        smoothing: e in [0, 1), or a traced scalar.
+
+    Returns:
+        The loss of each example, shape (...), float32 (float64 for 64-bit logits). A traced label
+        outside [0, K) gives NaN; it never wraps around.
+
+    Raises:
+        ValueError: where the smoothing is outside [0, 1), the shapes don't fit, or a concrete
+            label is outside [0, K).
+
+    Source: C. Szegedy et al., *Rethinking the Inception architecture for computer vision*, CVPR
+    2016.
+
+    >>> logits = jnp.array([[2.0, 0.0, 0.0]])
+    >>> [round(float(smoothed_cross_entropy(logits, jnp.array([0]), e)[0]), 6) for e in (0.0, 0.3)]
+    [0.239545, 0.639545]
+    """
+    smoothing = _check.fraction("smoothing", smoothing)
+    logits = jnp.asarray(logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
+        raise _check.ArgumentError(
+            "logits", _check.describe(logits), "a real floating array of shape (..., classes)"
+        )
+    labels = _labels(labels, logits.shape)
+    centered = _tree.widen(logits)
+    largest = jax.lax.stop_gradient(jnp.max(centered, axis=-1, keepdims=True))
+    # A row whose logits are all -inf keeps its -inf: -inf minus -inf would be NaN.
+    centered = centered - jnp.where(jnp.isfinite(largest), largest, 0)
+    log_normalizer = jax.nn.logsumexp(centered, axis=-1)
+    e = jnp.asarray(smoothing).astype(centered.dtype)
+    # With no smoothing a class of probability 0 costs nothing, where 0 * -inf would be NaN.
+    uniform_part = jnp.where(e > 0, e * jnp.mean(centered, axis=-1), 0)
+    return log_normalizer - (1 - e) * _expected_logit(centered, labels) - uniform_part
+
+
+def _expected_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """sum_k q_k logits_k for the labels' distribution q."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        q = labels.astype(logits.dtype)
+        return jnp.sum(jnp.where(q == 0, 0, q * logits), axis=-1)
+    at_label = jnp.take_along_axis(
+        logits, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan
+    )
+    # Negative indices count from the end in "fill" mode too.
+    return jnp.where(labels < 0, jnp.nan, at_label[..., 0])
+
+
+def _labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:
+    concrete = _check.is_concrete(labels)
+    labels = jnp.asarray(labels)
+    accepted = f"integers of shape {shape[:-1]} in [0, {shape[-1]}), or probabilities of {shape}"
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    if labels.shape != (shape[:-1] if integer else shape) or not (
+        integer or jnp.issubdtype(labels.dtype, jnp.floating)
+    ):
+        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+    if concrete and integer and labels.size and not bool(_within(labels, shape[-1])):
+        raise _check.ArgumentError("labels", f"values {labels.min()} to {labels.max()}", accepted)
+    return labels
+
+
+def _within(labels: jax.Array, classes: int) -> jax.Array:
+    return ((labels >= 0) & (labels < classes)).all()

@@ -1,0 +1,168 @@
+"""Whole optimizers: the ordered builder `regularize`, and ready-made proximal ones."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import optax
+
+from jaxreg import _check
+from jaxreg.penalties.base import Penalty
+from jaxreg.transforms import metric as _metric
+from jaxreg.transforms.clipping import clip_by_global_norm
+from jaxreg.transforms.decay import l2_decay, weight_decay
+from jaxreg.transforms.proximal import proximal
+
+Number = float | jax.Array
+Transformation = optax.GradientTransformation
+
+
+def regularize(
+    direction: Transformation,
+    learning_rate: Number | optax.Schedule,
+    *,
+    clip: Number | Transformation | None = None,
+    l2: Number | optax.Schedule | Transformation | None = None,
+    decay: Number | optax.Schedule | Transformation | None = None,
+    penalty: Penalty | Sequence[Penalty] | None = None,
+    metric: Literal["auto"] | _metric.Metric = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with its regularizers in the one order that is right.
+
+    Clip, then coupled L2, then the direction (momentum, Adam), then the learning rate, then
+    decoupled weight decay, and the penalties' proximal step last. Each part is optional; a number
+    stands for the plain transformation, and a transformation (with its own ``where``, say) takes
+    its place.
+
+    Args:
+        direction: an optax transformation without learning rate and sign:
+            ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.identity()``.
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        clip: the largest global gradient norm, or a clipping transformation.
+        l2: strength of coupled L2 (`jaxreg.l2_decay`).
+        decay: strength of decoupled weight decay at the rate of the learning rate, as in AdamW;
+            or a `jaxreg.weight_decay` with another rate.
+        penalty: one penalty or several, each for its own leaves (`jaxreg.proximal`).
+        metric: the gain of the direction, where "auto" does not recognise it.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: where an argument is out of its range (its name is in the message), and as
+            `jaxreg.proximal` does.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> tx = jaxreg.regularize(
+    ...     optax.scale_by_adam(), 0.1, clip=1.0, decay=0.01, penalty=jaxreg.L1(0.5)
+    ... )
+    >>> w = jnp.array([1.0, 0.01])
+    >>> updates, state = tx.update(jnp.array([0.5, 0.5]), tx.init(w), w)
+    >>> optax.apply_updates(w, updates)[1].item()
+    0.0
+    """
+    before = []
+    if clip is not None:
+        before.append(clip if _is_transformation(clip) else clip_by_global_norm(clip))
+    if l2 is not None:
+        before.append(l2 if _is_transformation(l2) else l2_decay(_named("l2", l2)))
+    if decay is not None and not _is_transformation(decay):
+        decay = weight_decay(_named("decay", decay))
+    return proximal(
+        optax.chain(*before, direction) if before else direction,
+        learning_rate,
+        () if penalty is None else penalty,
+        metric=metric,
+        decay=decay,
+    )
+
+
+def prox_sgd(
+    learning_rate: Number | optax.Schedule,
+    penalty: Penalty | Sequence[Penalty],
+    momentum: Number | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Proximal gradient descent, with heavy-ball or Nesterov momentum if wanted.
+
+    $m \leftarrow momentum \cdot m + g$, then $p \leftarrow \mathrm{prox}_{lr / (1 - momentum)}(p
+    - lr \cdot m)$. The updates are those of ``optax.sgd`` with a proximal step after them.
+
+    Args:
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        penalty: one penalty or several, each for its own leaves (kernels by default).
+        momentum: a number in [0, 1), or None.
+        nesterov: whether to look ahead along the momentum.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as `jaxreg.proximal` does, or where momentum is out of its range.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> tx = jaxreg.prox_sgd(0.5, jaxreg.L1(1.0))
+    >>> w = jnp.array([2.0, 0.25])
+    >>> updates, _ = tx.update(jnp.zeros(2), tx.init(w), w)
+    >>> optax.apply_updates(w, updates).tolist()
+    [1.5, 0.0]
+    """
+    if momentum is None:
+        return proximal(optax.identity(), learning_rate, penalty, metric=_metric.sgd())
+    momentum = _check.fraction("momentum", momentum)
+    gain = _metric.momentum(momentum)
+    return proximal(optax.trace(momentum, nesterov), learning_rate, penalty, metric=gain)
+
+
+def prox_adam(
+    learning_rate: Number | optax.Schedule,
+    penalty: Penalty | Sequence[Penalty],
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    eps_root: Number = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with a proximal step in Adam's own metric: it ends at the penalized minimizer.
+
+    $p \leftarrow \mathrm{prox}_{lr / d}(p - lr \, \hat m / d)$, $d = \sqrt{\hat v + eps\_root} +
+    eps$. The first part of each update is ``optax.adam``'s.
+
+    Args:
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        penalty: one penalty or several, each for its own leaves (kernels by default).
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        eps_root: added to the second moment under the root, >= 0.
+        nesterov: whether to use Nesterov's first moment, as ``optax.nadam``.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as `jaxreg.proximal` does, or where a number is out of its range.
+
+    Source: J. Yun, A. Lozano and E. Yang, *Adaptive proximal gradient methods for structured
+    neural networks*, NeurIPS 2021.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> tx = jaxreg.prox_adam(0.1, jaxreg.L1(1.0))
+    >>> w = jnp.array([2.0, 0.25])
+    >>> updates, _ = tx.update(jnp.array([0.1, 0.1]), tx.init(w), w)
+    >>> optax.apply_updates(w, updates)[1].item()
+    0.0
+    """
+    b1 = _check.fraction("b1", b1)
+    gain = _metric.adam(b2, eps, eps_root)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+    return proximal(adam, learning_rate, penalty, metric=gain)
+
+
+def _is_transformation(value: object) -> bool:
+    # By its fields: optax's two kinds, and a user's own named tuple.
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def _named(name: str, value: Number | optax.Schedule) -> Number | optax.Schedule:
+    return _check.number_or_schedule(name, value)

@@ -1,0 +1,145 @@
+"""Recipes: what a training run regularizes, as plain values."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxreg import _check
+from jaxreg.penalties import L1, ElasticNet, Penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Regularizers:
+    """Everything that one training run regularizes.
+
+    The first four are arguments of `jaxreg.regularize`. ``dropout`` is the rate of the model's
+    dropout layers, ``smoothing`` the loss's label smoothing, and ``early_stop`` says whether the
+    weights of the epoch with the least validation loss are kept in place of the last ones.
+    """
+
+    clip: float | None = None
+    l2: float | None = None
+    decay: float | None = None
+    penalty: Penalty | None = None
+    dropout: float = 0.0
+    smoothing: float = 0.0
+    early_stop: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What is switched on, by name, in values that JSON can hold.
+
+        >>> Regularizers(penalty=L1(0.1), dropout=0.5).describe()
+        {'penalty': 'L1(0.1)', 'dropout': 0.5}
+        """
+        fields = dataclasses.fields(self)
+        chosen = {
+            f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default
+        }
+        return {k: repr(v) if isinstance(v, Penalty) else v for k, v in chosen.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to regularize, with one number to turn.
+
+    ``make(strength)`` gives the regularizers. ``strength`` is the default of that number (None
+    where there is nothing to turn), and ``check`` says which values it may take.
+    """
+
+    name: str
+    description: str
+    make: Callable[[Any], Regularizers]
+    strength: float | None = None
+    check: Callable[[str, Any], float] = _check.nonnegative
+    classification_only: bool = False
+
+    def regularizers(self, strength: float | None = None) -> Regularizers:
+        """The regularizers at a strength, by default the recipe's own.
+
+        Raises:
+            ValueError: where the strength is out of range, or the recipe has none.
+
+        >>> RECIPES["dropout"].regularizers(0.2)
+        Regularizers(clip=None, l2=None, decay=None, penalty=None, dropout=0.2, smoothing=0.0,
+                     early_stop=False)
+        """
+        if strength is None:
+            return self.make(self.strength)
+        if self.strength is None:
+            raise _check.ArgumentError(
+                f"strength of {self.name}", repr(strength), "nothing: it has no strength"
+            )
+        return self.make(self.check(f"strength of {self.name}", strength))
+
+
+_ALL = (
+    Recipe("none", "no regularization", lambda s: Regularizers()),
+    Recipe(
+        "l2",
+        "coupled L2: strength * weight joins the gradient before Adam",
+        lambda s: Regularizers(l2=s),
+        1e-3,
+    ),
+    Recipe(
+        "weight_decay",
+        "decoupled weight decay after the learning rate (AdamW)",
+        lambda s: Regularizers(decay=s),
+        0.3,
+    ),
+    Recipe(
+        "l1_prox",
+        "L1 by a proximal step in Adam's metric: exact zeros",
+        lambda s: Regularizers(penalty=L1(s)),
+        1e-4,
+    ),
+    Recipe(
+        "elastic_net",
+        "L1 and squared L2, equally strong, by a proximal step",
+        lambda s: Regularizers(penalty=ElasticNet(s, s)),
+        1e-4,
+    ),
+    Recipe(
+        "dropout",
+        "dropout in front of the output layer",
+        lambda s: Regularizers(dropout=s),
+        0.5,
+        _check.fraction,
+    ),
+    Recipe(
+        "label_smoothing",
+        "cross-entropy against labels mixed with the uniform distribution",
+        lambda s: Regularizers(smoothing=s),
+        0.1,
+        _check.fraction,
+        classification_only=True,
+    ),
+    Recipe(
+        "clip",
+        "gradient clipped to a global norm",
+        lambda s: Regularizers(clip=s),
+        1.0,
+        _check.positive,
+    ),
+    Recipe(
+        "early_stop",
+        "the weights of the epoch with the least validation loss",
+        lambda s: Regularizers(early_stop=True),
+    ),
+    Recipe(
+        "cocktail",
+        "clip, weight decay, proximal L1, dropout, label smoothing and early stopping together; "
+        "the strength multiplies the decay and the L1 part",
+        lambda s: Regularizers(
+            clip=1.0,
+            decay=0.3 * s,
+            penalty=L1(1e-4 * s),
+            dropout=0.3,
+            smoothing=0.05,
+            early_stop=True,
+        ),
+        1.0,
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+"""Every recipe of ``jaxreg compare`` by its name, in the order in which they are shown."""

@@ -1,0 +1,259 @@
+"""Selectors: which leaves of a parameter tree a regularizer is for.
+
+A selector looks at each leaf's path and rank. Selectors combine with ``&``, ``|`` and ``~``::
+
+    where.path("encoder/**") & where.rank(at_least=2) & ~where.path("**/embedding")
+
+A path is the leaf's keys joined with ``/``: ``layers/0/kernel``. Selectors are values: two that
+are written alike are equal, so that building one inside a jitted function does not recompile it.
+They are resolved while tracing and never stored in an optimizer's state.
+"""
+
+import abc
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreg import _check
+
+PyTree = Any
+
+
+class Selector(abc.ABC):
+    """Which leaves of a tree: `selects` answers for one leaf, `mask` for a whole tree."""
+
+    @abc.abstractmethod
+    def selects(self, path: str, leaf: Any) -> bool:
+        """Whether the leaf at `path` is selected."""
+
+    def mask(self, tree: PyTree) -> PyTree:
+        """A tree of bools, True at each selected leaf.
+
+        Raises:
+            ValueError: where no leaf is selected; the message lists the paths there are. A tree
+                without leaves has nothing to select, and passes.
+
+        >>> rank(at_least=2).mask({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+        {'bias': False, 'kernel': True}
+        """
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        paths = [path_string(keys) for keys, _ in keyed]
+        chosen = [self.selects(p, leaf) for p, (_, leaf) in zip(paths, keyed, strict=True)]
+        if paths and not any(chosen):
+            listed = ", ".join(p or "(the array itself)" for p in paths[:20])
+            more = f", and {len(paths) - 20} more" if len(paths) > 20 else ""
+            raise _check.ArgumentError(
+                "where",
+                f"{self!r}, which matches no leaf",
+                f"a selector that matches at least one of: {listed}{more}",
+            )
+        return jax.tree.unflatten(treedef, chosen)
+
+    def __and__(self, other: "Selector") -> "Selector":
+        return _And(self, as_selector(other))
+
+    def __or__(self, other: "Selector") -> "Selector":
+        return _Or(self, as_selector(other))
+
+    def __invert__(self) -> "Selector":
+        return _Not(self)
+
+
+def path_string(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf, its keys joined with ``/``.
+
+    Flax NNX keeps each array in a variable's attribute ``value``, which is no part of the name.
+
+    >>> [(keys, _)] = jax.tree_util.tree_flatten_with_path({"layers": [1.0]})[0]
+    >>> path_string(keys)
+    'layers/0'
+    """
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def as_selector(selector: "Selector | str") -> Selector:
+    """A selector as it is; a string as the path pattern it spells."""
+    if isinstance(selector, Selector):
+        return selector
+    if isinstance(selector, str):
+        return path(selector)
+    raise _check.ArgumentError(
+        "where", _check.describe(selector), "a selector from jaxreg.where, or a path pattern"
+    )
+
+
+@dataclass(frozen=True)
+class _Path(Selector):
+    pattern: str
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return _glob_to_regex(self.pattern).fullmatch(path) is not None
+
+    def __repr__(self) -> str:
+        return f"where.path({self.pattern!r})"
+
+
+@dataclass(frozen=True)
+class _Rank(Selector):
+    at_least: int
+    at_most: int | None
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return self.at_least <= np.ndim(leaf) <= (np.inf if self.at_most is None else self.at_most)
+
+    def __repr__(self) -> str:
+        upper = "" if self.at_most is None else f", at_most={self.at_most}"
+        return f"where.rank(at_least={self.at_least}{upper})"
+
+
+@dataclass(frozen=True)
+class _Predicate(Selector):
+    function: Callable[[str, Any], bool]
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return bool(self.function(path, leaf))
+
+    def __repr__(self) -> str:
+        return f"where.predicate({getattr(self.function, '__name__', self.function)})"
+
+
+@dataclass(frozen=True)
+class _And(Selector):
+    left: Selector
+    right: Selector
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return self.left.selects(path, leaf) and self.right.selects(path, leaf)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+@dataclass(frozen=True)
+class _Or(Selector):
+    left: Selector
+    right: Selector
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return self.left.selects(path, leaf) or self.right.selects(path, leaf)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@dataclass(frozen=True)
+class _Not(Selector):
+    inner: Selector
+
+    def selects(self, path: str, leaf: Any) -> bool:
+        return not self.inner.selects(path, leaf)
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
+
+
+@dataclass(frozen=True)
+class _Everything(Selector):
+    def selects(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "where.everything"
+
+
+# What a component of a path is called in Flax, Equinox, Haiku and PyTorch ports.
+_NAMED_KERNEL = re.compile(r"(.*_)?(kernel|weights?|w|coef)\d*", re.IGNORECASE)
+_NAMED_OTHER = re.compile(
+    r"(.*_)?(bias(es)?|b|intercept|scale|beta|gamma|offset|alpha)\d*", re.IGNORECASE
+)
+_NORM_OR_EMBEDDING = re.compile(
+    r".*(norm|embed).*|(.*_)?(ln|bn|gn|wte|wpe)(_?\w?\d+)*", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class _Kernels(Selector):
+    def selects(self, path: str, leaf: Any) -> bool:
+        if not path:
+            return True
+        *parents, name = path.split("/")
+        if any(_NORM_OR_EMBEDDING.fullmatch(part) for part in [*parents, name]):
+            return False
+        if _NAMED_KERNEL.fullmatch(name):
+            return np.ndim(leaf) >= 1
+        return np.ndim(leaf) >= 2 and not _NAMED_OTHER.fullmatch(name)
+
+    def __repr__(self) -> str:
+        return "where.kernels"
+
+
+everything: Selector = _Everything()
+"""Every leaf."""
+
+kernels: Selector = _Kernels()
+"""The default of decay and penalties: what multiplies inputs, and nothing else.
+
+A leaf is a kernel if it is called so (``kernel``, ``weight``, ``w``, ``coef``) or has rank 2 or
+more, and it is not called a bias or scale, nor lies in a normalization layer or an embedding (by
+the names on its path). A tree that is one array is a kernel.
+
+>>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
+...           "norm": {"scale": np.ones(3)}}
+>>> kernels.mask(params)
+{'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+"""
+
+
+def path(pattern: str) -> Selector:
+    """Leaves whose whole path matches a glob pattern.
+
+    ``*`` stands for any characters within one component, ``?`` for one of them, and ``**`` for
+    any number of components, none included.
+
+    >>> path("**/kernel").mask({"out": {"kernel": 1.0, "bias": 0.0}})
+    {'out': {'bias': False, 'kernel': True}}
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise _check.ArgumentError("pattern", _check.describe(pattern), "a non-empty string")
+    return _Path(pattern)
+
+
+def rank(*, at_least: int = 0, at_most: int | None = None) -> Selector:
+    """Leaves whose number of axes lies between two bounds, both included.
+
+    >>> rank(at_most=1).mask({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+    {'bias': True, 'kernel': False}
+    """
+    for name, bound in (("at_least", at_least), ("at_most", at_most)):
+        if isinstance(bound, bool) or not (bound is None or isinstance(bound, int)):
+            raise _check.ArgumentError(name, _check.describe(bound), "a whole number of axes")
+    return _Rank(at_least, at_most)
+
+
+def predicate(function: Callable[[str, Any], bool]) -> Selector:
+    """Leaves for which ``function(path, leaf)`` is true, called while tracing.
+
+    >>> wide = predicate(lambda path, leaf: leaf.shape[-1] > 2)
+    >>> wide.mask({"a": np.ones((4, 2)), "b": np.ones((2, 4))})
+    {'a': False, 'b': True}
+    """
+    if not callable(function):
+        raise _check.ArgumentError(
+            "function", _check.describe(function), "a function (path, leaf) -> bool"
+        )
+    return _Predicate(function)
+
+
+@functools.cache
+def _glob_to_regex(pattern: str) -> re.Pattern[str]:
+    """`pattern` as a regular expression; ``**/`` and ``/**`` may stand for no component at all."""
+    tokens = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    split = re.split(r"(\*\*/|/\*\*|\*\*|\*|\?)", pattern)
+    return re.compile("".join(tokens.get(part, re.escape(part)) for part in split))
