@@ -81,6 +81,26 @@ def number_or_schedule(name: str, value: Any) -> Any:
     return value if is_schedule(value) else nonnegative(name, value)
 
 
+def whole_number(name: str, value: Any, at_least: int) -> int:
+    """A whole number >= `at_least`."""
+    accepted = f"a whole number >= {at_least}"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        raise ArgumentError(name, describe(value), accepted)
+    return int(value)
+
+
+def is_transformation(value: Any) -> bool:
+    """Whether `value` is an optax transformation, by its two functions."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def transformation(name: str, value: Any) -> Any:
+    """An optax transformation."""
+    if not is_transformation(value):
+        raise ArgumentError(name, describe(value), "an optax gradient transformation")
+    return value
+
+
 def params_given(params: Any) -> Any:
     """The params of an optax ``update``, for a transformation that can't do without."""
     if params is None:

@@ -106,7 +106,7 @@ def load(
     if not path.is_file():
         choice("--data", name, (*NAMES, "a .csv or .npz file that exists"))
     if suffix not in (".csv", ".npz"):
-        raise ArgumentError("--data", describe(name), "a file that ends in .csv or .npz")
+        raise ArgumentError("--data", repr(name), "a file that ends in .csv or .npz")
     return _load_csv(path, target, task) if suffix == ".csv" else _load_npz(path, task)
 
 

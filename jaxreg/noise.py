@@ -34,7 +34,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise _check.ArgumentError("x", _check.describe(x), "a real floating array")
-    keep = 1 - jnp.asarray(rate).astype(jnp.float32)
+    keep = jnp.asarray(1 - rate).astype(jnp.float32)
     wide = _tree.widen(x)
     kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, wide / keep.astype(wide.dtype), 0).astype(x.dtype)

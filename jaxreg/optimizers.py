@@ -1,7 +1,7 @@
 """Whole optimizers: the ordered builder `regularize`, and ready-made proximal ones."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import optax
@@ -61,13 +61,11 @@ def regularize(
     >>> optax.apply_updates(w, updates)[1].item()
     0.0
     """
-    before = []
-    if clip is not None:
-        before.append(clip if _is_transformation(clip) else clip_by_global_norm(clip))
-    if l2 is not None:
-        before.append(l2 if _is_transformation(l2) else l2_decay(_named("l2", l2)))
-    if decay is not None and not _is_transformation(decay):
-        decay = weight_decay(_named("decay", decay))
+    _check.transformation("direction", direction)
+    clip = _link("clip", clip, _check.positive, clip_by_global_norm)
+    l2 = _link("l2", l2, _check.number_or_schedule, l2_decay)
+    decay = _link("decay", decay, _check.number_or_schedule, weight_decay)
+    before = [link for link in (clip, l2) if link is not None]
     return proximal(
         optax.chain(*before, direction) if before else direction,
         learning_rate,
@@ -75,6 +73,15 @@ def regularize(
         metric=metric,
         decay=decay,
     )
+
+
+def _link(
+    name: str, value: Any, check: Callable[[str, Any], Any], make: Callable[[Any], Transformation]
+) -> Transformation | None:
+    """A transformation as it is; a number, checked under the argument's name, made into one."""
+    if value is None or _check.is_transformation(value):
+        return value
+    return make(check(name, value))
 
 
 def prox_sgd(
@@ -157,12 +164,3 @@ def prox_adam(
     gain = _metric.adam(b2, eps, eps_root)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     return proximal(adam, learning_rate, penalty, metric=gain)
-
-
-def _is_transformation(value: object) -> bool:
-    # By its fields: optax's two kinds, and a user's own named tuple.
-    return hasattr(value, "init") and hasattr(value, "update")
-
-
-def _named(name: str, value: Number | optax.Schedule) -> Number | optax.Schedule:
-    return _check.number_or_schedule(name, value)

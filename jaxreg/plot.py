@@ -84,9 +84,8 @@ def score_label(results: Mapping[str, Any]) -> tuple[str, float]:
 def learning_curves(results: Mapping[str, Any]) -> Figure:
     """Train and test score against epoch, one panel a recipe, all on the same axes.
 
-    Lines are means over the finite seeds, bands one standard deviation on either side. The
-    vertical range is that of the curves after the first fifth of the epochs, so that the steep
-    start is cut off and the differences show.
+    Lines are means over the finite seeds, bands one standard deviation on either side. The axis
+    fits the curves after a fifth of the epochs: without the steep start the differences show.
     """
     recipes = results["recipes"]
     label, scale = score_label(results)
@@ -114,11 +113,11 @@ def gap_bars(results: Mapping[str, Any]) -> Figure:
     single seeds. Only the gap is drawn as a bar, since only its axis must contain zero.
     """
     label, scale = score_label(results)
-    gap = f"gap: train − test {label.replace('%', 'percentage points')}"
     recipes = sorted(results["recipes"], key=_by_gap)
     figure = Figure(figsize=(10, 1.7 + 0.36 * len(recipes)), dpi=DPI, layout="constrained")
     figure.suptitle(_title(results, "generalization"), x=0.01, ha="left", fontsize=11)
     axes = figure.subplots(1, 3, sharey=True)
+    gap = f"gap: train − test {label.replace('%', 'percentage points')}"
     labels = (gap, f"test {label}", "test NLL (nats per example)")
     for ax, key, text in zip(axes, ("gap", "test_score", "test_nll"), labels, strict=True):
         _draw_metric(ax, recipes, key, 1.0 if key == "test_nll" else scale)
@@ -212,9 +211,8 @@ def _draw_curves(ax: Axes, recipe: Mapping[str, Any], scale: float) -> None:
 
 def _kept_epochs(recipe: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(seed index, index into `epoch`) of every seed whose kept epoch is not the last one."""
-    epoch = list(recipe["curves"]["epoch"])
-    best = [seed["best_epoch"] for seed in recipe["seeds"]]
-    return [(i, epoch.index(at)) for i, at in enumerate(best) if at in epoch and at != epoch[-1]]
+    epoch, best = recipe["curves"]["epoch"], [seed["best_epoch"] for seed in recipe["seeds"]]
+    return [(i, epoch.index(at)) for i, at in enumerate(best) if at in epoch[:-1]]
 
 
 def _note_unseen(ax: Axes, recipe: Mapping[str, Any], scale: float, low: float) -> None:
@@ -229,11 +227,9 @@ def _note_unseen(ax: Axes, recipe: Mapping[str, Any], scale: float, low: float) 
 
 def _curve_legend(recipes: Sequence[Mapping[str, Any]]) -> list[Line2D]:
     band = " (mean; band: ± 1 sd over seeds)" if any(len(r["seeds"]) > 1 for r in recipes) else ""
-    handles = [
-        Line2D([], [], color=_INK, lw=1.8, label=f"test{band}"),
-        Line2D([], [], color=_INK, lw=1.2, ls=_DASHES, label="train"),
-        *_baseline_handle(recipes, "test of none"),
-    ]
+    test = Line2D([], [], color=_INK, lw=1.8, label=f"test{band}")
+    train = Line2D([], [], color=_INK, lw=1.2, ls=_DASHES, label="train")
+    handles = [test, train, *_baseline_handle(recipes, "test of none")]
     if any(_kept_epochs(recipe) for recipe in recipes):
         handles.append(Line2D([], [], **_KEPT, color=_INK, label="epoch kept, one a seed"))
     return handles
@@ -290,7 +286,7 @@ def _draw_metric(ax: Axes, recipes: Sequence[Mapping[str, Any]], key: str, scale
         elif mean < low:
             ax.annotate(f"← {mean:.3g}", (0.02, row + 0.02), xycoords=_ROW, **_NOTE)
     if key == "gap":
-        ax.axvline(0, color=_INK, lw=0.8)
+        ax.axvline(0, color=_INK, lw=0.8)  # where bars start, so the axis has to hold it
         low, high = min(low, -0.04 * high), max(high, -0.04 * low)
     ax.set_xlim(low, high)
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -329,9 +325,11 @@ def _pattern(palette: ScalarMappable, layer: np.ndarray) -> np.ndarray:
 
 
 def _input_label(weights: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    shapes = {tuple(map(int, of["input_shape"])) for of in weights.values()}
-    flat = [" × ".join(map(str, shape)) for shape in shapes if len(shape) > 1]
-    return f"input ({flat[0]}, flattened)" if len(flat) == 1 else "input"
+    for of in weights.values():
+        # A convolution has a row for each entry of its window, not for each input.
+        if len(of["input_shape"]) > 1 and np.prod(of["input_shape"]) == len(of["first_layer"]):
+            return f"input ({' × '.join(map(str, of['input_shape']))}, flattened)"
+    return "input of a unit"
 
 
 # ---------------------------------------------------------------- layout
@@ -391,8 +389,8 @@ def _visible_range(values: np.ndarray, reach: float) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = finite.min(), finite.max()
     lower, upper = np.quantile(finite, [0.25, 0.75])
-    if (half := upper - lower) > 0:
-        low, high = max(low, lower - reach * half), min(high, upper + reach * half)
+    if far := reach * (upper - lower):
+        low, high = max(low, lower - far), min(high, upper + far)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return float(low - margin), float(high + margin)
 

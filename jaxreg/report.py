@@ -7,7 +7,7 @@ recipes on it is free of what the split contributes, and
     mean(d) ± t * sd(d) / sqrt(n)
 
 is the interval that says whether the recipes differ. t is Student's quantile for n - 1 degrees of
-freedom at level 1 - 0.05 / k, which makes the k intervals of one page hold together with 95 %
+freedom at level 1 - 0.05 / k, so that the k intervals of one metric hold together with 95 %
 (Bonferroni; Dunn, "Multiple comparisons among means", JASA 1961).
 """
 
@@ -85,7 +85,7 @@ class Row:
 def columns(results: Results) -> list[Column]:
     """The metrics to show; a regression without calibration error has no such column."""
     regression = results["data"]["task"] == "regression"
-    unit, gap_unit, decimals = ("", "", 3) if regression else ("%", "points", 1)
+    unit, gap_unit, decimals = ("", "", 2) if regression else ("%", "points", 1)
     score, short = ("R²", "R²") if regression else ("accuracy", "acc. %")
     shown = [
         Column("train_score", f"train {score}", f"train\n{short}", unit, decimals, neg),
@@ -95,7 +95,7 @@ def columns(results: Results) -> list[Column]:
         Column("calibration_error", "calibration error", "calib.\nerror %", "%", 1, float),
         Column("zeros", "exact zeros", "zeros\n%", "%", 1, neg),
         Column("compile_seconds", "compile time", "compile\ns", "s", 1, float),
-        Column("run_seconds", "run time", "run\ns", "s", 1, float),
+        Column("run_seconds", "run time", "run\ns", "s", 2, float),
     ]
     seeds = [seed for recipe in results["recipes"] for seed in recipe["seeds"]]
     without = regression and all(seed["calibration_error"] is None for seed in seeds)
@@ -146,8 +146,7 @@ def paired_difference(results: Results, name: str, baseline: str, metric: str) -
     mean, sd, seeds, _ = spread([nan if None in pair else pair[0] - pair[1] for pair in pairs])
     if seeds < 2:
         return Difference(mean, nan, nan, seeds)
-    error = sd / sqrt(seeds)
-    comparisons = len(results["recipes"]) - 1
+    error, comparisons = sd / sqrt(seeds), len(recipes) - 1
     return Difference(mean, error, error * _student(seeds - 1, 0.05 / comparisons), seeds)
 
 
@@ -358,9 +357,9 @@ def _cells(column: Column, rows: Sequence[Row], plus_minus: str) -> list[Text]:
 
 def _caption(results: Results) -> str:
     seeds, shown = _seeds(results), [column.key for column in columns(results)]
-    mean = f"± one standard deviation over {seeds}"
-    parts = ["one seed, so no ± (n/a)" if seeds == "one seed" else mean]
-    parts.append("* best of its column, or equal to it as shown")
+    known = f"± one standard deviation over {seeds}"
+    mean = "one seed, so no ± (n/a)" if seeds == "one seed" else known
+    parts = [mean, "* best of its column, or equal to it as shown"]
     if any(row.metrics[key].diverged for row in summary(results) for key in shown):
         parts.append("diverged: not finite on at least one seed, so no mean is given")
     return "; ".join(parts)
@@ -382,9 +381,7 @@ def _setting(value: Any) -> str:
 
 def _typeset(text: str) -> str:
     """The text with typographic minus signs, and no line break around ±."""
-    return re.sub(r"(?<!\w)-(?=\d)", "−", text).replace(
-        " ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
-    )
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text).replace(" ± ", "\xa0±\xa0")
 
 
 def _png(figure: Figure) -> bytes:

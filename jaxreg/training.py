@@ -51,9 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise _check.ArgumentError(name, repr(value), "a whole number >= 1")
+            _check.whole_number(name, getattr(self, name), at_least=1)
         _check.positive("learning_rate", self.learning_rate)
 
 

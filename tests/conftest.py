@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+# Before JAX is first used: some tests shard arrays.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:

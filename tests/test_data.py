@@ -141,6 +141,7 @@ TARGETS = [
     ([str(i // 3) for i in range(60)], "auto", "classification", tuple(map(str, range(20)))),
     ([str(i // 3) for i in range(63)], "auto", "regression", ()),
     (["1", "2", "many"] * 4, "classification", "classification", ("1", "2", "many")),
+    (["1", "few"] * 6, "auto", "classification", ("1", "few")),
     (["1", "few", "many"] * 4, "auto", "classification", ("1", "few", "many")),
 ]
 
@@ -241,6 +242,10 @@ CSV_ERRORS = {
     "some text in a target of numbers": (
         lines(*(f"{i},{i}.5" for i in range(9)), "9,NA"),
         ["--task", "'NA' in line 11, column 'w'", "a number there, or --task classification"],
+    ),
+    "nearly half text in a target of numbers": (
+        lines(*["1,2"] * 6, *["1,low"] * 5),
+        ["--task", "'auto' with 'low' in line 8, column 'w'"],
     ),
 }
 
@@ -493,6 +498,22 @@ def test_parts_have_the_shares_of_the_classes_to_one_row(train_size):
     for rows in (parts.train_rows[0], parts.validation_rows[0], parts.test_rows):
         expected = len(rows) * np.array([200, 70, 30]) / 300
         assert np.abs(np.bincount(y[rows]) - expected).max() <= 1
+
+
+def test_rare_classes_keep_one_row_in_the_smallest_training_set():
+    y = np.repeat(np.arange(5, dtype=np.int32), [3, 3, 3, 3, 100])
+    dataset = Dataset("made", "classification", table(112, 0).x, y, tuple("abcde"))
+    parts = split(dataset, train_size=5, seeds=2)
+    np.testing.assert_array_equal(np.sort(parts.train_y), [range(5)] * 2)
+    with pytest.raises(ArgumentError, match=r"--train-size: got 4; .*from 5 to "):
+        split(dataset, train_size=4, seeds=2)
+
+
+def test_largest_train_size_leaves_a_validation_row_for_every_class():
+    dataset = table(15, classes=5)
+    assert split(dataset, train_size=5, seeds=1).validation_y.shape == (1, 5)
+    with pytest.raises(ArgumentError, match=r"--train-size: got 6; .*from 5 to 5"):
+        split(dataset, train_size=6, seeds=1)
 
 
 @pytest.mark.parametrize(("train_size", "sizes"), [(None, (60, 15, 25)), (40, (40, 10, 25))])

@@ -191,9 +191,7 @@ def test_elastic_net_agrees_with_scikit_learn(problem):
 
 
 def test_nonnegative_least_squares_agrees_with_scikit_learn(problem):
-    model = Lasso(
-        alpha=1e-12, positive=True, fit_intercept=False, tol=1e-14, max_iter=100_000
-    )
+    model = Lasso(alpha=1e-12, positive=True, fit_intercept=False, tol=1e-14, max_iter=100_000)
     solution = model.fit(problem.x, problem.y).coef_
     found = minimize(jaxreg.prox_adam(decayed(1e-2), jaxreg.NonNegative()), problem)
     chex.assert_trees_all_close(found, solution, atol=1e-6)

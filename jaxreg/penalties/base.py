@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
@@ -185,7 +186,7 @@ def _floating(name: str, x: Any) -> jax.Array:
 
 
 def _step(step: Any, x: jax.Array) -> jax.Array:
-    if _check.is_host(step) and not bool((jnp.asarray(step) >= 0).all()):
+    if _check.is_host(step) and not (np.asarray(step) >= 0).all():
         raise _check.ArgumentError("step", _check.describe(step), "numbers >= 0")
     array = jnp.asarray(step)
     if array.shape not in ((), x.shape) or jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -83,12 +83,8 @@ def proximal(
     [1.5, 0.0]
     """
     learning_rate = _check.number_or_schedule("learning_rate", learning_rate)
-    penalties = (penalty,) if isinstance(penalty, Penalty) else tuple(penalty)
-    for part in penalties:
-        if not isinstance(part, Penalty):
-            raise _check.ArgumentError(
-                "penalty", _check.describe(part), "a jaxreg penalty or a sequence of them"
-            )
+    _check.transformation("direction", direction)
+    penalties = _as_tuple(penalty)
     if metric == "auto":
         # Without a penalty no gain is needed, and any direction will do.
         metric = _metric.auto(direction) if penalties else _metric.sgd()
@@ -97,7 +93,8 @@ def proximal(
             "metric", _check.describe(metric), "'auto' or a function (state, params) -> gain"
         )
     direction = optax.with_extra_args_support(direction)
-    after = optax.with_extra_args_support(optax.identity() if decay is None else decay)
+    decay = optax.identity() if decay is None else _check.transformation("decay", decay)
+    after = optax.with_extra_args_support(decay)
 
     def init(params: optax.Params) -> ProximalState:
         _assign(penalties, params)
@@ -123,6 +120,16 @@ def proximal(
         return updates, ProximalState(count, direction_state, decay_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_tuple(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
+    parts = (penalty,) if not isinstance(penalty, Sequence) else tuple(penalty)
+    for part in parts:
+        if not isinstance(part, Penalty):
+            raise _check.ArgumentError(
+                "penalty", _check.describe(part), "a jaxreg penalty or a sequence of them"
+            )
+    return parts
 
 
 def _prox_updates(

@@ -1,0 +1,301 @@
+"""Proximal transformations: order, metrics, exact zeros, and what is refused."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxreg
+from jaxreg import metric
+
+pytestmark = pytest.mark.core
+
+PARAMS = {"dense": {"kernel": jnp.array([[2.0, -0.01]]), "bias": jnp.array([3.0, 0.01])}}
+GRADS = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def one_step(tx, params=PARAMS, grads=GRADS):
+    updates, state = tx.update(grads, tx.init(params), params)
+    return optax.apply_updates(params, updates), state
+
+
+# What a step does --------------------------------------------------------------------------------
+
+
+def test_the_order_is_clip_l2_direction_rate_decay_penalty():
+    p, g, lr = np.array([2.0, -1.0]), np.array([3.0, 4.0]), 0.1
+    tx = jaxreg.regularize(
+        optax.identity(), lr, clip=1.0, l2=0.3, decay=0.2, penalty=jaxreg.L1(0.5)
+    )
+    stepped, _ = one_step(tx, jnp.array(p, jnp.float32), jnp.array(g, jnp.float32))
+    coefficient = 1 / 5
+    gradient = coefficient * g + 0.3 * p
+    moved = p - lr * gradient - lr * 0.2 * p
+    threshold = lr * coefficient * 0.5
+    expected = np.sign(moved) * np.maximum(np.abs(moved) - threshold, 0)
+    chex.assert_trees_all_close(stepped, expected.astype(np.float32), rtol=1e-6)
+
+
+def test_without_a_penalty_regularize_is_the_plain_optimizer():
+    chex.assert_trees_all_close(
+        one_step(jaxreg.regularize(optax.scale_by_adam(), 0.1))[0],
+        one_step(optax.adam(0.1))[0],
+        rtol=1e-6,
+    )
+    # and takes directions whose metric nobody knows
+    chex.assert_trees_all_close(
+        one_step(jaxreg.regularize(optax.scale_by_lion(), 0.1))[0],
+        one_step(optax.lion(0.1, weight_decay=0.0))[0],
+        rtol=1e-6,
+    )
+
+
+def test_with_strength_zero_the_aliases_are_optax():
+    for ours, theirs in (
+        (jaxreg.prox_sgd(0.1, jaxreg.L1(0)), optax.sgd(0.1)),
+        (jaxreg.prox_sgd(0.1, jaxreg.L1(0), 0.9), optax.sgd(0.1, momentum=0.9)),
+        (jaxreg.prox_sgd(0.1, jaxreg.L1(0), 0.9, True), optax.sgd(0.1, 0.9, nesterov=True)),
+        (jaxreg.prox_adam(0.1, jaxreg.L1(0), b1=0.8, eps=0.1), optax.adam(0.1, b1=0.8, eps=0.1)),
+        (jaxreg.prox_adam(0.1, jaxreg.L1(0), nesterov=True), optax.nadam(0.1)),
+    ):
+        chex.assert_trees_all_close(one_step(ours)[0], one_step(theirs)[0], rtol=1e-5)
+
+
+def test_penalties_act_on_kernels_by_default_and_on_what_they_are_put():
+    stepped, _ = one_step(jaxreg.prox_sgd(0.0001, jaxreg.L1(1000.0)))
+    assert stepped["dense"]["kernel"][0, 1] == 0
+    chex.assert_trees_all_close(stepped["dense"]["bias"], PARAMS["dense"]["bias"] - 0.0001)
+    parts = [jaxreg.L1(1000.0).on("**/bias"), jaxreg.NonNegative()]
+    stepped, _ = one_step(jaxreg.prox_sgd(0.0001, parts))
+    assert stepped["dense"]["bias"][1] == 0
+    assert stepped["dense"]["kernel"].tolist() == [[pytest.approx(1.9999), 0.0]]
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    for tx in (
+        jaxreg.prox_adam(0.0, jaxreg.L1(1.0)),
+        jaxreg.prox_sgd(lambda count: 0.0 * count, jaxreg.ElasticNet(1.0, 1.0), 0.9),
+        jaxreg.regularize(optax.scale_by_adam(), 0.0, clip=1.0, decay=1.0, penalty=jaxreg.L1(1.0)),
+    ):
+        chex.assert_trees_all_equal(one_step(tx)[0], PARAMS)
+
+
+def test_the_step_follows_a_schedule():
+    tx = jaxreg.prox_sgd(lambda count: 0.1 * (count + 1), jaxreg.L1(1.0))
+    w, zero = jnp.array([1.0]), jnp.zeros(1)
+    state = tx.init(w)
+    for expected in (0.9, 0.7, 0.4, 0.0):
+        updates, state = tx.update(zero, state, w)
+        w = optax.apply_updates(w, updates)
+        chex.assert_trees_all_close(w, jnp.array([expected]), atol=1e-6)
+
+
+def test_a_coordinate_that_saw_no_gradient_has_gain_one():
+    """A row of an embedding that was not in the batch shrinks by lr * strength, not by 1 / eps."""
+    tx = jaxreg.prox_adam(0.01, jaxreg.L1(0.5))
+    stepped, _ = one_step(tx, jnp.array([1.0, 1.0]), jnp.array([0.0, 100.0]))
+    assert float(stepped[0]) == pytest.approx(1 - 0.01 * 0.5)
+
+
+# Exact zeros -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_exact_zeros_survive_apply_updates(dtype, jit):
+    """Noisy descent to a target whose small entries the penalty sets to zero."""
+    rng = np.random.default_rng(0)
+    target, params = (jnp.asarray(rng.normal(size=2000), dtype) for _ in range(2))
+    tx = jaxreg.prox_adam(1e-2, jaxreg.L1(0.05))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), updates, state
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for _ in range(300):
+        noise = jnp.asarray(0.1 * rng.normal(size=2000), dtype)
+        before = params
+        params, updates, state = step(params, state, 0.1 * (params - target) + noise)
+        chex.assert_trees_all_equal(params == 0, updates == -before)
+    assert params.dtype == dtype
+    assert 0.05 < float((params == 0).mean()) < 0.9
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bit_weights_are_rounded_once(dtype):
+    """What apply_updates gives is the float32 step, rounded, wherever it keeps its magnitude."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=5000), dtype)
+    grads = jnp.asarray(rng.normal(size=5000), dtype)
+    stepped, _ = one_step(jaxreg.prox_sgd(0.05, jaxreg.L1(0.1)), params, grads)
+    wide = params.astype(jnp.float32)
+    exact = jaxreg.L1(0.1).prox(wide - jnp.float32(0.05) * grads.astype(jnp.float32), 0.05)
+    ratio = exact / wide
+    same_magnitude = (ratio > 0.5) & (ratio < 2)
+    assert same_magnitude.mean() > 0.9
+    chex.assert_trees_all_equal(
+        jnp.where(same_magnitude, stepped, 0), jnp.where(same_magnitude, exact.astype(dtype), 0)
+    )
+
+
+# The metric --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("direction", "gradient", "gain"),
+    [
+        (optax.identity(), 2.0, 1.0),
+        (optax.trace(0.9), 2.0, 10.0),
+        (optax.trace(0.75, nesterov=True), 2.0, 4.0),
+        (optax.scale_by_adam(), 2.0, 0.5),
+        (optax.scale_by_adam(b1=0.0, b2=0.5, eps=1.0), 3.0, 0.25),
+        (optax.scale_by_adam(eps=0.0, eps_root=9.0), 4.0, 0.2),
+        (optax.chain(optax.chain(optax.trace(0.5)), optax.identity()), 1.0, 2.0),
+        (optax.chain(jaxreg.l2_decay(0.1), optax.trace(0.5)), 1.0, 2.0),
+        (optax.with_extra_args_support(optax.trace(0.5)), 1.0, 2.0),
+    ],
+)
+def test_auto_reads_the_gain_of_optax_directions(direction, gradient, gain):
+    g = jnp.full(3, gradient)
+    _, state = direction.update(g, direction.init(g), jnp.zeros(3))
+    found = jnp.broadcast_to(metric.auto(direction)(state, g), 3)
+    chex.assert_trees_all_close(found, jnp.full(3, gain), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [
+        optax.scale_by_lion(),
+        optax.scale_by_rms(),
+        optax.scale_by_adamax(),
+        optax.scale_by_amsgrad(),
+        optax.scale_by_trust_ratio(),
+        optax.masked(optax.scale_by_adam(), True),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
+        optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, s)),
+    ],
+    ids=lambda tx: tx.update.__qualname__.split(".")[0],
+)
+def test_auto_refuses_what_it_does_not_know_and_names_the_remedy(direction):
+    with pytest.raises(ValueError, match=r"^metric: got 'auto' for .*metric= one of"):
+        jaxreg.proximal(direction, 0.1, jaxreg.L1(0.1))
+
+
+def test_auto_refuses_a_direction_that_holds_its_learning_rate():
+    for tx in (optax.adam(0.1), optax.sgd(0.1), optax.adam(optax.linear_schedule(0.1, 0.0, 5))):
+        with pytest.raises(ValueError, match="one without its learning rate"):
+            jaxreg.proximal(tx, 0.1, jaxreg.L1(0.1))
+
+
+def test_auto_refuses_two_directions_in_a_row():
+    with pytest.raises(ValueError, match="2 links that each change the gain"):
+        jaxreg.proximal(optax.chain(optax.trace(0.5), optax.scale_by_adam()), 0.1, jaxreg.L1(0.1))
+
+
+def test_auto_refuses_traced_hyperparameters_but_takes_concrete_ones_under_jit():
+    def step(b2, w):
+        return one_step(jaxreg.proximal(optax.scale_by_adam(b2=b2), 0.1, jaxreg.L1(0.1)), w, w)[0]
+
+    with pytest.raises(ValueError, match="traced settings"):
+        jax.jit(step)(0.9, jnp.ones(2))
+    chex.assert_trees_all_close(
+        jax.jit(lambda w: step(0.9, w))(jnp.ones(2)), step(0.9, jnp.ones(2)), rtol=1e-6
+    )
+
+
+def test_auto_notices_a_link_that_does_not_do_what_its_name_says(monkeypatch):
+    def lying_trace(decay):
+        honest = optax.trace(decay)
+
+        def trace(decay, nesterov, accumulator_dtype):
+            def update_fn(updates, state, params=None):
+                _ = decay, nesterov, accumulator_dtype
+                updates, state = honest.update(updates, state, params)
+                return jax.tree.map(lambda u: 3 * u, updates), state
+
+            return update_fn
+
+        update = trace(decay, False, None)
+        update.__module__, update.__qualname__ = "optax.lies", "trace.<locals>.update_fn"
+        return optax.GradientTransformation(honest.init, update)
+
+    with pytest.raises(ValueError, match="not the gain expected"):
+        metric.auto(lying_trace(0.9))
+
+
+def test_an_explicit_metric_serves_any_direction():
+    tx = jaxreg.proximal(optax.scale_by_lion(), 0.1, jaxreg.L1(1.0), metric=lambda s, p: 2.0)
+    stepped, _ = one_step(tx, jnp.array([0.15]), jnp.array([0.0]))
+    assert stepped.tolist() == [0.0]
+
+
+def test_the_adam_metric_needs_exactly_one_adam_state():
+    tx = jaxreg.proximal(optax.trace(0.9), 0.1, jaxreg.L1(0.1), metric=metric.adam())
+    with pytest.raises(ValueError, match="direction with 0 states of optax.scale_by_adam"):
+        one_step(tx)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metric.momentum(1.0), "decay: got 1.0"),
+        (lambda: metric.adam(b2=-0.1), "b2: got -0.1"),
+        (lambda: metric.adam(eps=float("nan")), "eps: got nan"),
+    ],
+)
+def test_metrics_refuse_bad_hyperparameters(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Bad arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jaxreg.prox_adam(-0.1, jaxreg.L1(0.1)), "learning_rate: got -0.1"),
+        (lambda: jaxreg.prox_adam(0.1, 0.1), "penalty: got 0.1; accepted: a jaxreg penalty"),
+        (lambda: jaxreg.prox_adam(0.1, [jaxreg.L1(0.1), None]), "penalty: got None"),
+        (lambda: jaxreg.prox_adam(0.1, jaxreg.L1(0.1), b1=1.0), "b1: got 1.0"),
+        (lambda: jaxreg.prox_sgd(0.1, jaxreg.L1(0.1), momentum=1.5), "momentum: got 1.5"),
+        (lambda: jaxreg.regularize(optax.identity(), 0.1, clip=0.0), "clip: got 0.0"),
+        (lambda: jaxreg.regularize(optax.identity(), 0.1, l2=-1.0), "l2: got -1.0"),
+        (lambda: jaxreg.regularize(optax.identity(), 0.1, decay=-1.0), "decay: got -1.0"),
+        (lambda: jaxreg.regularize(optax.identity(), 0.1, penalty=3), "penalty: got 3"),
+        (lambda: jaxreg.regularize("adam", 0.1), "direction: got 'adam'"),
+        (
+            lambda: jaxreg.proximal(optax.identity(), 0.1, jaxreg.L1(0.1), metric="adam"),
+            "metric: got 'adam'",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_two_penalties_on_one_leaf_are_refused():
+    tx = jaxreg.prox_adam(0.1, [jaxreg.L1(0.1), jaxreg.L2(0.1).on("dense/*")])
+    with pytest.raises(ValueError, match=r"L1\(0.1\) and L2\(0.1\).*dense/kernel.*ElasticNet"):
+        tx.init(PARAMS)
+
+
+def test_a_penalty_without_a_leaf_is_refused_at_init():
+    with pytest.raises(ValueError, match="matches no leaf.*dense/bias"):
+        jaxreg.prox_adam(0.1, jaxreg.L1(0.1).on("dens/*")).init(PARAMS)
+
+
+def test_a_leaf_that_is_not_floating_is_refused_at_init():
+    with pytest.raises(ValueError, match="int32 values on the leaf kernel"):
+        jaxreg.prox_adam(0.1, jaxreg.L1(0.1)).init({"kernel": jnp.arange(4).reshape(2, 2)})
+
+
+def test_update_without_params_is_refused():
+    tx = jaxreg.prox_adam(0.1, jaxreg.L1(0.1))
+    with pytest.raises(ValueError, match="params: got None"):
+        tx.update(GRADS, tx.init(PARAMS))

@@ -1,0 +1,176 @@
+"""Selectors."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from jaxreg import where
+
+pytestmark = pytest.mark.core
+
+PARAMS = {
+    "embedding": {"kernel": jnp.ones((9, 4))},
+    "layers": [
+        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    ],
+    "norm": {"scale": jnp.ones(4)},
+}
+
+
+def chosen(selector, tree=PARAMS):
+    keyed, _ = jax.tree_util.tree_flatten_with_path(selector.mask(tree))
+    return {where.path_string(keys) for keys, selected in keyed if selected}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("layers/0/kernel", {"layers/0/kernel"}),
+        ("layers/*/kernel", {"layers/0/kernel", "layers/1/kernel"}),
+        ("layers/**", {"layers/0/kernel", "layers/0/bias", "layers/1/kernel", "layers/1/bias"}),
+        ("**/bias", {"layers/0/bias", "layers/1/bias"}),
+        ("**/norm/**", {"norm/scale"}),
+        ("layers/?/bi*", {"layers/0/bias", "layers/1/bias"}),
+        ("n*/scale", {"norm/scale"}),
+    ],
+)
+def test_path_patterns(pattern, expected):
+    assert chosen(where.path(pattern)) == expected
+
+
+def test_a_star_stays_within_one_component():
+    assert chosen(where.path("*/scale")) == {"norm/scale"}
+    with pytest.raises(ValueError, match="matches no leaf"):
+        where.path("*/kernel").mask({"a": {"b": {"kernel": 1.0}}})
+
+
+def test_characters_of_regular_expressions_stand_for_themselves():
+    assert chosen(where.path("a.b"), {"a.b": 1.0, "axb": 1.0}) == {"a.b"}
+
+
+def test_rank_and_predicate():
+    assert chosen(where.rank(at_least=1, at_most=1)) == {
+        "layers/0/bias",
+        "layers/1/bias",
+        "norm/scale",
+    }
+    assert chosen(where.predicate(lambda path, leaf: leaf.size == 36)) == {"embedding/kernel"}
+
+
+def test_algebra():
+    kernel, first = where.path("**/kernel"), where.path("layers/0/**")
+    assert chosen(kernel & first) == {"layers/0/kernel"}
+    assert chosen(kernel | "norm/scale") == chosen(kernel) | {"norm/scale"}
+    assert chosen(~kernel) == chosen(where.everything) - chosen(kernel)
+    assert repr(kernel & ~first) == "(where.path('**/kernel') & ~where.path('layers/0/**'))"
+
+
+def test_kernels_are_found_in_flax_models_and_nothing_else():
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.Embed(9, 4)(tokens)
+            x = linen.LayerNorm()(linen.Dense(4)(x))
+            x = linen.Conv(4, (3,))(x)
+            return linen.MultiHeadDotProductAttention(num_heads=2)(x, x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(9, 4, rngs=rngs)
+            self.dense = nnx.Linear(4, 4, rngs=rngs)
+            self.bn = nnx.BatchNorm(4, rngs=rngs)
+
+    params = Linen().init(jax.random.key(0), jnp.zeros((1, 4), int))
+    found = chosen(where.kernels, params)
+    assert found == {
+        "params/Dense_0/kernel",
+        "params/Conv_0/kernel",
+        *(
+            f"params/MultiHeadDotProductAttention_0/{part}/kernel"
+            for part in ("query", "key", "value", "out")
+        ),
+    }
+    # The biases of attention have rank 2 and are still no kernels.
+    assert params["params"]["MultiHeadDotProductAttention_0"]["query"]["bias"].ndim == 2
+    assert chosen(where.kernels, nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)) == {"dense/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("w", (3,), True),
+        ("weights", (3,), True),
+        ("coef", (3,), True),
+        ("b", (3,), False),
+        ("intercept", (), False),
+        ("out/kernel", (), False),
+        ("anything", (3, 3), True),
+        ("anything", (3,), False),
+        ("layers/bias", (12, 4), False),
+        ("batch_norm/kernel", (3, 3), False),
+        ("ln_1/weight", (3,), False),
+        ("wte/weight", (9, 3), False),
+        ("token_embedding/weight", (9, 3), False),
+    ],
+)
+def test_kernels_by_name_and_rank(path, shape, expected):
+    assert where.kernels.selects(path, np.ones(shape)) is expected
+
+
+def test_a_bare_array_is_a_kernel():
+    assert where.kernels.mask(jnp.ones(3)) is True
+
+
+def test_a_named_tuple_has_its_fields_for_paths():
+    class Params(NamedTuple):
+        kernel: jax.Array
+        value: jax.Array
+
+    tree = Params(jnp.ones((2, 2)), jnp.ones(2))
+    assert chosen(where.everything, tree) == {"kernel", "value"}
+
+
+def test_no_match_is_an_error_that_lists_the_paths():
+    with pytest.raises(ValueError, match="matches no leaf.*embedding/kernel, layers/0/bias"):
+        where.path("**/kernal").mask(PARAMS)
+
+
+def test_no_match_lists_no_more_than_twenty_paths():
+    with pytest.raises(ValueError, match="and 80 more"):
+        where.path("x").mask({f"p{i}": 1.0 for i in range(100)})
+
+
+def test_a_tree_without_leaves_has_nothing_to_match():
+    assert where.path("x").mask({"a": None, "b": optax.MaskedNode()}) == {
+        "a": None,
+        "b": optax.MaskedNode(),
+    }
+
+
+def test_selectors_written_alike_are_equal_and_hash_alike():
+    first, second = (where.path("a") & ~where.rank(at_least=2) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != where.path("b") & ~where.rank(at_least=2)
+    assert not callable(first)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: where.path(""), "pattern: got ''"),
+        (lambda: where.path(3), "pattern: got 3"),
+        (lambda: where.rank(at_least=1.5), "at_least: got 1.5"),
+        (lambda: where.predicate("kernel"), "function: got 'kernel'"),
+        (lambda: where.path("a") & 3, "where: got 3; accepted: a selector"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
