@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxreg import where as where
+    from jaxreg._check import ArgumentError as ArgumentError
     from jaxreg._tree import global_norm as global_norm
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 # Where each public name lives. Modules are loaded when a name is first used (PEP 562), so that
 # `import jaxreg` costs next to nothing and needs no optional dependency.
 _HOMES = {
+    "ArgumentError": "jaxreg._check",
     "L1": "jaxreg.penalties",
     "L2": "jaxreg.penalties",
     "Box": "jaxreg.penalties",

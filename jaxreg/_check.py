@@ -13,10 +13,17 @@ import numpy as np
 
 
 class ArgumentError(ValueError):
-    """An argument that is not accepted.
+    """An argument that is not accepted: every error that jaxreg raises over its input.
 
-    The message reads ``name: got GIVEN; accepted: ACCEPTED.``
+    The message reads ``name: got GIVEN; accepted: ACCEPTED.`` It is a `ValueError`.
+
+    >>> import jaxreg
+    >>> jaxreg.L1(-1)
+    Traceback (most recent call last):
+    jaxreg.ArgumentError: strength: got -1.0; accepted: a finite number >= 0.
     """
+
+    __module__ = "jaxreg"  # where it is exported
 
     def __init__(self, name: str, given: str, accepted: str):
         super().__init__(f"{name}: got {given}; accepted: {accepted}.")
@@ -32,9 +39,10 @@ def is_concrete(value: Any) -> bool:
     if is_host(value):
         return True
     # Imported here: the command line checks its arguments before it pays for importing JAX.
-    import jax
+    from jax import Array
+    from jax.core import Tracer
 
-    return isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, Array) and not isinstance(value, Tracer)
 
 
 def is_schedule(value: Any) -> TypeGuard[Callable[..., Any]]:

@@ -18,7 +18,6 @@ from jaxreg import _check
 
 if TYPE_CHECKING:
     from jaxreg.comparison import Outcome
-    from jaxreg.data import Dataset, Split
 
 INTERRUPTED = 130
 TABLE_WIDTH = 100

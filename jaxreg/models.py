@@ -5,6 +5,8 @@ with a key for each step. Layer number i draws its dropout mask with ``fold_in(k
 shares a mask with another, and nothing is kept between steps.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -41,8 +43,8 @@ class MLP(nnx.Module):
         if len(sizes) < 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
             raise _check.ArgumentError("sizes", repr(sizes), "two or more positive whole numbers")
         self.dropout_rate = _check.fraction("dropout_rate", dropout_rate)
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = _ModuleList([nnx.Linear(n, m, rngs=rngs) for n, m in pairs])
+        dense = [nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(sizes)]
+        self.layers = _ModuleList(dense)
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -100,10 +102,7 @@ class CNN(nnx.Module):
             blocks.append(nnx.Conv(n, m, kernel_size=(3,) * len(spatial), rngs=rngs))
             spatial, n = [max(1, size // 2) for size in spatial], m
         self.blocks = _ModuleList(blocks)
-        features = n
-        for size in spatial:
-            features *= size
-        self.head = nnx.Linear(features, outputs, rngs=rngs)
+        self.head = nnx.Linear(n * math.prod(spatial), outputs, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, key: jax.Array | None = None
@@ -136,11 +135,9 @@ def build(
     _check.choice("model", name, MODEL_NAMES)
     if name == "cnn":
         return CNN(input_shape, outputs, dropout_rate=dropout_rate, rngs=rngs)
-    inputs = 1
-    for size in input_shape:
-        inputs *= size
     hidden = (HIDDEN_UNITS,) if name == "mlp" else ()
-    return MLP((inputs, *hidden, outputs), dropout_rate=dropout_rate, rngs=rngs)
+    sizes = (math.prod(input_shape), *hidden, outputs)
+    return MLP(sizes, dropout_rate=dropout_rate, rngs=rngs)
 
 
 def _site_dropout(

@@ -116,9 +116,9 @@ def prox_sgd(
     """
     if momentum is None:
         return proximal(optax.identity(), learning_rate, penalty, metric=_metric.sgd())
-    momentum = _check.fraction("momentum", momentum)
-    gain = _metric.momentum(momentum)
-    return proximal(optax.trace(momentum, nesterov), learning_rate, penalty, metric=gain)
+    decay = _check.fraction("momentum", momentum)
+    trace = optax.trace(decay, nesterov)
+    return proximal(trace, learning_rate, penalty, metric=_metric.momentum(decay))
 
 
 def prox_adam(

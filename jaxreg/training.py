@@ -163,9 +163,18 @@ def fit_lanes(
     outputs = jax.device_get(predict(carry.best_params, data))
     run_seconds = time.perf_counter() - started
 
-    curves = {name: np.concatenate([r[name] for r in reports], axis=1) for name in reports[0]}
     best_epoch, params = jax.device_get((carry.best_epoch, carry.best_params))
-    return LaneFit(params, best_epoch, *outputs, curves, compile_seconds, run_seconds)
+    train, validation, test = outputs
+    return LaneFit(
+        params=params,
+        best_epoch=best_epoch,
+        train_outputs=train,
+        validation_outputs=validation,
+        test_outputs=test,
+        curves={name: np.concatenate([r[name] for r in reports], axis=1) for name in reports[0]},
+        compile_seconds=compile_seconds,
+        run_seconds=run_seconds,
+    )
 
 
 class _Carry(NamedTuple):

@@ -12,7 +12,7 @@ import optax
 import jaxreg
 
 # Exported names that are no regularizers: what they are made of or work with.
-OTHER_NAMES = {"Penalty", "__version__", "global_norm", "metric", "where"}
+OTHER_NAMES = {"ArgumentError", "Penalty", "__version__", "global_norm", "metric", "where"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_multi_steps_emits_one_step_for_k_gradients_and_nothing_between(case, dt
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), params
 
-    carry, seen = jax.lax.scan(step, (params, tx.init(params)), None, length=4)
+    _, seen = jax.lax.scan(step, (params, tx.init(params)), None, length=4)
     first, second, third, _ = (jax.tree.map(lambda x, i=i: x[i], seen) for i in range(4))
     chex.assert_trees_all_equal(first, params)
     chex.assert_trees_all_equal(second, params)  # nothing shrinks in a step that does not emit

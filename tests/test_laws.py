@@ -162,7 +162,8 @@ def test_prox_attains_the_smallest_objective(case: PenaltyCase, step, strength, 
 def test_an_elementwise_step_acts_coordinate_by_coordinate(case: PenaltyCase, x, steps):
     penalty = case.make(0.5)
     whole = penalty.prox(x, steps)
-    single = [penalty.prox(jnp.float32(z), float(t)) for z, t in zip(x.ravel(), steps.ravel())]
+    pairs = zip(x.ravel(), steps.ravel(), strict=True)
+    single = [penalty.prox(jnp.float32(z), float(t)) for z, t in pairs]
     chex.assert_trees_all_close(whole.ravel(), jnp.stack(single), rtol=1e-6)
 
 

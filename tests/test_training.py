@@ -27,7 +27,10 @@ def make_lanes(lanes=3, rows=40, seed=0, regression=False):
     return training.Lanes(*train, *validation, *test)
 
 
-def fit(data, regularizers=Regularizers(), outputs=3, settings=SETTINGS, **rest):
+PLAIN = Regularizers()
+
+
+def fit(data, regularizers=PLAIN, outputs=3, settings=SETTINGS, **rest):
     def make_model(rngs):
         return models.MLP((6, 16, outputs), dropout_rate=regularizers.dropout, rngs=rngs)
 

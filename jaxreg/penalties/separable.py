@@ -154,7 +154,7 @@ def _largest(grad: jax.Array) -> jax.Array:
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array | float) -> jax.Array:
-    """Numerator / denominator for numbers >= 0, with 0 / 0 = 0: a gradient of 0 needs no penalty."""
+    """Numerator / denominator for numbers >= 0, with 0 / 0 = 0: no gradient needs no penalty."""
     positive = numerator > 0
     # Guarded inside the division too: the gradient of an unused 0 / 0 would be NaN.
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)

@@ -58,7 +58,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
         return ClipState(norm, jnp.ones_like(norm))
 
     def update(
-        updates: optax.Updates, state: ClipState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipState]:
         del params
         norm = _tree.global_norm(updates)

@@ -15,7 +15,7 @@ Number = float | jax.Array
 class DecayState(NamedTuple):
     """Steps taken: an int32 scalar, what schedules are called with."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def weight_decay(
@@ -62,21 +62,21 @@ def weight_decay(
 
     def update(
         updates: optax.Updates,
-        state: DecayState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         learning_rate: Number | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecayState]:
         del extra_args
-        if rate is None and learning_rate is None:
+        own_rate = learning_rate if rate is None else rate
+        if own_rate is None:
             raise _check.ArgumentError(
                 "rate",
                 "None outside of jaxreg.regularize, where no learning rate is known",
                 "a number >= 0 or a schedule, such as the one the optimizer is given",
             )
-        step_rate = _at(learning_rate if rate is None else rate, state.count)
-        amount = jnp.asarray(step_rate) * jnp.asarray(_at(strength, state.count))
+        amount = jnp.asarray(_at(own_rate, state.count)) * jnp.asarray(_at(strength, state.count))
         return _add(updates, params, -amount, selector), _next(state)
 
     return optax.GradientTransformationExtraArgs(_init(selector), update)
@@ -85,7 +85,7 @@ def weight_decay(
 def l2_decay(
     strength: Number | optax.Schedule, *, where: _where.Selector | str = _where.kernels
 ) -> optax.GradientTransformation:
-    r"""Coupled L2: the gradient of $\frac{strength}{2} \|p\|^2$ joins the loss's, $g + strength \cdot p$.
+    r"""Coupled L2: adds the gradient of $\frac{strength}{2} \|p\|^2$, $g + strength \cdot p$.
 
     Its place is before the direction (momentum, Adam), where it is the same as adding the penalty
     to the loss. Under an adaptive direction that is another thing than weight decay: coordinates
@@ -113,7 +113,7 @@ def l2_decay(
     selector = _where.as_selector(where)
 
     def update(
-        updates: optax.Updates, state: DecayState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, DecayState]:
         amount = jnp.asarray(_at(strength, state.count))
         return _add(updates, params, amount, selector), _next(state)
@@ -152,4 +152,4 @@ def _at(value: Number | optax.Schedule, count: jax.Array) -> Any:
 
 
 def _next(state: DecayState) -> DecayState:
-    return DecayState(optax.safe_increment(state.count))
+    return DecayState(jnp.asarray(optax.safe_increment(state.count)))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxreg import _check, _tree
 
@@ -64,11 +65,12 @@ def adam(
     def metric(state: Any, params: Any) -> Any:
         del params
         moments = _adam_state(state)
+        count = jnp.asarray(moments.count)
 
         def gain(v: jax.Array) -> jax.Array:
             v = _tree.widen(v)
             b, e, root = (jnp.asarray(number).astype(v.dtype) for number in (b2, eps, eps_root))
-            v_hat = v / (1 - b ** moments.count.astype(v.dtype))
+            v_hat = v / (1 - b ** count.astype(v.dtype))
             seen = v > 0
             denominator = jnp.sqrt(jnp.where(seen, v_hat, 1) + root) + e
             return jnp.where(seen, 1 / denominator, 1)
@@ -149,7 +151,7 @@ def _read(link: optax.GradientTransformation) -> Metric | None:
     make, settings = readers[name]
     if missing := [s for s in settings if s not in closed]:
         raise _refusal(f"{name} without the settings {missing} that its metric needs")
-    if any(isinstance(value, jax.core.Tracer) for value in closed.values()):
+    if any(isinstance(value, Tracer) for value in closed.values()):
         raise _refusal(f"{name} with traced settings")
     metric = make(*(float(closed[s]) for s in settings))
     _check_on_toy(name, link, metric)

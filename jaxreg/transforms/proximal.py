@@ -31,7 +31,7 @@ class ProximalState(NamedTuple):
         decay: the decay's own state; ``optax.EmptyState()`` where there is none.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     direction: Any
     decay: Any
 
@@ -93,8 +93,8 @@ def proximal(
             "metric", _check.describe(metric), "'auto' or a function (state, params) -> gain"
         )
     direction = optax.with_extra_args_support(direction)
-    decay = optax.identity() if decay is None else _check.transformation("decay", decay)
-    after = optax.with_extra_args_support(decay)
+    after = optax.identity() if decay is None else _check.transformation("decay", decay)
+    after = optax.with_extra_args_support(after)
 
     def init(params: optax.Params) -> ProximalState:
         _assign(penalties, params)
@@ -102,12 +102,14 @@ def proximal(
 
     def update(
         updates: optax.Updates,
-        state: ProximalState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProximalState]:
         params = _check.params_given(params)
-        rate = learning_rate(state.count) if _check.is_schedule(learning_rate) else learning_rate
+        rate: Any = learning_rate
+        if _check.is_schedule(learning_rate):
+            rate = learning_rate(state.count)
         updates, direction_state = direction.update(updates, state.direction, params, **extra_args)
         updates = jax.tree.map(lambda u, p: _scaled(u, rate, p), updates, params)
         updates, decay_state = after.update(
@@ -116,7 +118,7 @@ def proximal(
         gain = metric(direction_state, params)
         step = jnp.asarray(rate) * clipping.coefficient(direction_state)
         updates = _prox_updates(penalties, updates, params, gain, step)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ProximalState(count, direction_state, decay_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
