@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import optax
+
 from jaxreg import _check
+from jaxreg.optimizers import regularize
 from jaxreg.penalties import L1, ElasticNet, Penalty
 
 
@@ -24,6 +27,19 @@ class Regularizers:
     dropout: float = 0.0
     smoothing: float = 0.0
     early_stop: bool = False
+
+    def optimizer(
+        self, direction: optax.GradientTransformation, learning_rate: float | optax.Schedule
+    ) -> optax.GradientTransformationExtraArgs:
+        """The direction and the learning rate with the optimizer's part of the regularizers."""
+        return regularize(
+            direction,
+            learning_rate,
+            clip=self.clip,
+            l2=self.l2,
+            decay=self.decay,
+            penalty=self.penalty,
+        )
 
     def describe(self) -> dict[str, Any]:
         """What is switched on, by name, in values that JSON can hold.
@@ -90,13 +106,13 @@ _ALL = (
         "l1_prox",
         "L1 by a proximal step in Adam's metric: exact zeros",
         lambda s: Regularizers(penalty=L1(s)),
-        1e-4,
+        3e-4,
     ),
     Recipe(
         "elastic_net",
         "L1 and squared L2, equally strong, by a proximal step",
         lambda s: Regularizers(penalty=ElasticNet(s, s)),
-        1e-4,
+        3e-4,
     ),
     Recipe(
         "dropout",

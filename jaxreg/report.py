@@ -19,19 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from io import BytesIO
-from math import floor, isfinite, log10, nan, pi, sqrt, tan
+from math import floor, isfinite, log10, nan, sqrt
 from operator import neg
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+from scipy.special import stdtrit  # scipy comes with jax
 
 from jaxreg import plot
 from jaxreg.plot import Spread, spread
@@ -147,7 +147,8 @@ def paired_difference(results: Results, name: str, baseline: str, metric: str) -
     if seeds < 2:
         return Difference(mean, nan, nan, seeds)
     error, comparisons = sd / sqrt(seeds), len(recipes) - 1
-    return Difference(mean, error, error * _student(seeds - 1, 0.05 / comparisons), seeds)
+    quantile = float(stdtrit(seeds - 1, 1 - 0.025 / comparisons))
+    return Difference(mean, error, error * quantile, seeds)
 
 
 def verdict(results: Results) -> str:
@@ -239,20 +240,6 @@ def _best(column: Column, means: Sequence[float]) -> list[int]:
         fit = [i for i in fit if float(column.text(means[i])) > 0]
     least = column.text(min((column.loss(means[i]) for i in fit), default=nan))
     return [i for i in fit if column.text(column.loss(means[i])) == least]
-
-
-def _student(freedom: int, tail: float) -> float:
-    """The t that Student's distribution exceeds in absolute value with probability `tail`.
-
-    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1).
-
-    >>> round(_student(4, 0.05), 3), round(_student(1, 0.05), 2)
-    (2.776, 12.71)
-    """
-    angle = np.linspace(0, pi / 2, 100_001)
-    density = np.cos(angle) ** (freedom - 1)
-    inside = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return sqrt(freedom) * tan(np.interp(1 - tail, inside / inside[-1], angle))
 
 
 # ---------------------------------------------------------------- wording

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxreg import _check
 from jaxreg import where as _where
 from jaxreg.losses import smoothed_cross_entropy
-from jaxreg.optimizers import regularize
 from jaxreg.recipes import Regularizers
 
 PyTree = Any
@@ -207,16 +206,9 @@ class _LaneProgram:
         rows: int,
     ) -> "_LaneProgram":
         batch_size = min(settings.batch_size, rows)
-        optimizer = regularize(
-            optax.scale_by_adam(),
-            optax.cosine_decay_schedule(
-                settings.learning_rate, settings.epochs * (rows // batch_size)
-            ),
-            clip=regularizers.clip,
-            l2=regularizers.l2,
-            decay=regularizers.decay,
-            penalty=regularizers.penalty,
-        )
+        steps = settings.epochs * (rows // batch_size)
+        schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+        optimizer = regularizers.optimizer(optax.scale_by_adam(), schedule)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
         return cls(make_model, graphdef, optimizer, regularizers, rows, batch_size)
 

@@ -118,6 +118,17 @@ def test_a_label_out_of_range_is_an_error_or_nan_and_never_another_class(label):
     assert np.isnan(traced).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_labels_may_be_constants_of_a_jitted_function(array):
+    logits, labels = problem(0)
+    labels = array(labels)
+    compiled = jax.jit(jax.grad(lambda x: jaxreg.smoothed_cross_entropy(x, labels).sum()))
+    chex.assert_tree_all_finite(compiled(logits))
+    wrong = array([0, 1, 2, 3, 7])
+    with pytest.raises(ValueError, match="labels: got values 0 to 7"):
+        jax.jit(lambda x: jaxreg.smoothed_cross_entropy(x, wrong))(logits)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import _check, _tree
 
@@ -69,7 +70,8 @@ def _expected_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:
-    concrete = _check.is_concrete(labels)
+    # In NumPy: within a trace even a comparison of constants is traced.
+    concrete = np.asarray(labels) if _check.is_concrete(labels) else None
     labels = jnp.asarray(labels)
     accepted = f"integers of shape {shape[:-1]} in [0, {shape[-1]}), or probabilities of {shape}"
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -77,10 +79,8 @@ def _labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:
         integer or jnp.issubdtype(labels.dtype, jnp.floating)
     ):
         raise _check.ArgumentError("labels", _check.describe(labels), accepted)
-    if concrete and integer and labels.size and not bool(_within(labels, shape[-1])):
-        raise _check.ArgumentError("labels", f"values {labels.min()} to {labels.max()}", accepted)
+    if concrete is not None and integer and concrete.size:
+        low, high = concrete.min(), concrete.max()
+        if low < 0 or high >= shape[-1]:
+            raise _check.ArgumentError("labels", f"values {low} to {high}", accepted)
     return labels
-
-
-def _within(labels: jax.Array, classes: int) -> jax.Array:
-    return ((labels >= 0) & (labels < classes)).all()
