@@ -1,54 +1,69 @@
 """The command line: ``jaxreg compare``.
 
-Bad input ends with exit status 2 and one line that names the argument; Ctrl-C with 130, after
-the recipes that are finished have been written down.
+Exit status: 2 for bad input, with one line that names the argument and says what is accepted; 1
+where the machine fails, such as a full disk or a missing package, with one line too; 130 for
+Ctrl-C, after what the finished recipes gave has been written down.
 """
 
 import argparse
-import json
+import io
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxreg
 from jaxreg import _check
+from jaxreg._folder import ReportFolder
 
 if TYPE_CHECKING:
     from jaxreg.comparison import Outcome
+    from jaxreg.data import Dataset, Split
 
-INTERRUPTED = 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TABLE_WIDTH = 100
+# All seeds are in memory at once, and every epoch is in the report.
+MOST_SEEDS, MOST_EPOCHS = 1000, 100_000
+LARGEST = 3.4e38  # in 32 bits
+TASKS = ("auto", "classification", "regression")
+MODELS = ("linear", "mlp", "cnn")
+
+
+class _UsageError(Exception):
+    """Arguments that are no command, such as an unknown option."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage above it."""
+    """A parser that leaves it to its caller to show an error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise _UsageError(message.removeprefix("argument "))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options)
-    except _check.ArgumentError as error:
-        return _fail(str(error))
+    except (_UsageError, _check.ArgumentError) as error:
+        return _fail(BAD_INPUT, f"error: {error}")
     except ModuleNotFoundError as error:
-        if error.name in ("flax", "jinja2", "matplotlib", "rich", "sklearn"):
-            return _fail(f"the package {error.name} is missing: pip install 'jaxreg[cli]'")
-        raise
+        package = (error.name or "").partition(".")[0]
+        return _fail(FAILED, f"error: the package {package} is missing: pip install 'jaxreg[cli]'")
+    except (OSError, MemoryError) as error:
+        return _fail(FAILED, f"error: {error}")
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; nothing was written")
 
 
-def _fail(message: str) -> int:
-    print(f"jaxreg: error: {message}", file=sys.stderr)
-    return 2
+def _fail(status: int, message: str) -> int:
+    print("jaxreg:", " ".join(message.splitlines()), file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The options as text; `_settings` reads it."""
     parser = _Parser(prog="jaxreg", description=jaxreg.__doc__)
     parser.add_argument("--version", action="version", version=f"jaxreg {jaxreg.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -71,42 +86,42 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--task",
         default="auto",
-        choices=("auto", "classification", "regression"),
-        help="what the target of a file is (default: told from its values)",
+        metavar="TASK",
+        help="what the target of a file is: classification or regression (default: told from its "
+        "values)",
     )
-    add("--train-size", type=_whole, metavar="N", help="train on N rows; fewer overfit more")
+    add("--train-size", metavar="N", help="train on N rows; fewer overfit more (default: all)")
     add(
         "--label-noise",
-        type=_number,
-        default=0.0,
+        default="0",
         metavar="SHARE",
-        help="share of training labels to corrupt, in [0, 1)",
+        help="share of training labels to corrupt, in [0, 1) (default: 0)",
     )
-    add("--model", default="mlp", choices=("linear", "mlp", "cnn"), help="default: mlp")
-    add("--recipes", nargs="+", metavar="NAME", help="some of the recipes (default: all)")
+    add("--model", default="mlp", metavar="MODEL", help="linear, mlp (default) or cnn")
+    add(
+        "--recipes",
+        nargs="*",
+        action="extend",
+        metavar="NAME",
+        help="some of none, l2, weight_decay, l1_prox, elastic_net, dropout, label_smoothing, "
+        "clip, early_stop, cocktail (default: all that suit the task)",
+    )
     add(
         "--strength",
         nargs="+",
-        type=_assignment,
+        action="extend",
         default=[],
         metavar="RECIPE=VALUE",
         help="strengths other than the recipes' own, such as l1_prox=3e-4",
     )
-    add("--seeds", type=_whole, metavar="N", help="repetitions, lanes of one program (default: 5)")
-    add("--epochs", type=_whole, metavar="N", help="passes over the training rows (default: 100)")
-    add("--batch-size", type=_whole, default=64, metavar="N", help="rows a step (default: 64)")
-    add(
-        "--learning-rate",
-        type=_number,
-        default=3e-3,
-        metavar="RATE",
-        help="Adam's peak rate (default: 0.003)",
-    )
+    add("--seeds", metavar="N", help="repetitions, lanes of one program (default: 5)")
+    add("--epochs", metavar="N", help="passes over the training rows (default: 100)")
+    add("--batch-size", metavar="N", help="rows a step (default: 64)")
+    add("--learning-rate", default="0.003", metavar="RATE", help="Adam's peak (default: 0.003)")
     add("--quick", action="store_true", help="a short look: 2 seeds and 10 epochs")
     add(
         "--out",
-        type=Path,
-        default=Path("jaxreg-report"),
+        default="jaxreg-report",
         metavar="FOLDER",
         help="folder for the report (default: jaxreg-report); an earlier report there is kept "
         "under a new name",
@@ -114,188 +129,130 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compare(options: argparse.Namespace) -> int:
-    folder = _ReportFolder(options.out)
-    folder.check()
-
-    # Imported late: help, and errors in what is above, should not wait for JAX.
-    from rich.console import Console
-
-    from jaxreg import comparison, data, report, training
-
-    dataset = data.load(options.data, target=options.target, task=options.task)
-    recipes = comparison.choose(_recipe_names(options.recipes), dict(options.strength), dataset.task)
-    if options.model == "cnn" and dataset.x.ndim == 2:
-        given = f"'cnn' for a table of {dataset.x.shape[1]} columns"
-        raise _check.ArgumentError("--model", given, "linear or mlp; cnn for images and sequences")
-    seeds = options.seeds or (2 if options.quick else 5)
-    epochs = options.epochs or (10 if options.quick else 100)
-    settings = training.Settings(epochs, options.batch_size, options.learning_rate)
-    split = data.split(
-        dataset, train_size=options.train_size, label_noise=options.label_noise, seeds=seeds
-    )
-    described = {
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as numbers and names; ``results.json`` holds it too."""
+    seeds, epochs = (2, 10) if options.quick else (5, 100)
+    noise = _number("--label-noise", options.label_noise)
+    rate = _number("--learning-rate", options.learning_rate)
+    return {
         "data": options.data,
         "target": options.target,
-        "task": options.task,
-        "train_size": options.train_size,
-        "label_noise": options.label_noise,
-        "model": options.model,
-        "recipes": [recipe.name for recipe, _ in recipes],
-        "strength": dict(options.strength),
-        "seeds": seeds,
-        "epochs": epochs,
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
+        "task": _check.choice("--task", options.task, TASKS),
+        "train_size": _whole("--train-size", options.train_size, None),
+        "label_noise": _check.fraction("--label-noise", noise),
+        "model": _check.choice("--model", options.model, MODELS),
+        "recipes": None if options.recipes is None else _items(options.recipes),
+        "strength": _strengths(_items(options.strength)),
+        "seeds": _whole("--seeds", options.seeds, seeds, MOST_SEEDS),
+        "epochs": _whole("--epochs", options.epochs, epochs, MOST_EPOCHS),
+        "batch_size": _whole("--batch-size", options.batch_size, 64),
+        "learning_rate": _check.positive("--learning-rate", rate),
     }
 
-    finished: list[Outcome] = []
 
-    def results(status: str) -> dict[str, Any]:
-        records = [outcome.record for outcome in finished]
-        return comparison.document(dataset, split, options.model, described, records, status)
-
-    def run_all() -> None:
-        with _Progress(len(recipes), epochs) as progress:
-            for recipe, strength in recipes:
-                on_epochs = progress.start(recipe.name)
-                arguments = (recipe, strength, dataset, split, options.model, settings, on_epochs)
-                finished.append(comparison.run_recipe(*arguments))
-                folder.save(results("interrupted" if len(finished) < len(recipes) else "complete"))
-
-    status = "complete"
-    try:
-        run_all()
-    except KeyboardInterrupt:
-        status = "interrupted"
-    if finished:
-        weights = {outcome.record["name"]: outcome.weights for outcome in finished}
-        report.write_report(folder.path, results(status), weights)
-        # Cells are never dropped: a narrower terminal wraps lines, and a pipe has no width.
-        console = Console(width=max(Console().width, TABLE_WIDTH))
-        console.print(report.table(results(status)))
-        console.print(report.verdict(results(status)), highlight=False)
-        folder.announce()
-    if status == "interrupted":
-        wrote = f"their results are in {folder.path}" if finished else "nothing was written"
-        count = f"{len(finished)} of {len(recipes)} recipes"
-        print(f"jaxreg: interrupted; {count} had finished, {wrote}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+def _items(parts: list[str]) -> list[str]:
+    """What is separated by spaces, commas or both."""
+    return [item for part in parts for item in part.replace(",", " ").split()]
 
 
-class _Progress:
-    """A progress bar on the error stream: recipes, and the epochs of the one that runs."""
-
-    def __init__(self, recipes: int, epochs: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description:24s}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}%"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("", total=recipes * epochs)
-        self._epochs = epochs
-        self._started = 0
-
-    def __enter__(self) -> "_Progress":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def start(self, recipe: str) -> Callable[[int], None]:
-        """Begins a recipe; returns the function to call with the epochs it has done."""
-        before = self._started * self._epochs
-        self._started += 1
-        self._progress.update(self._task, description=f"{recipe} (compiling)", completed=before)
-
-        def on_epochs(done: int) -> None:
-            self._progress.update(self._task, description=recipe, completed=before + done)
-
-        return on_epochs
+def _strengths(items: list[str]) -> dict[str, float]:
+    strengths: dict[str, float] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if not name or not value or name in strengths:
+            accepted = "RECIPE=VALUE, such as dropout=0.5, once a recipe"
+            raise _check.ArgumentError("--strength", repr(item), accepted)
+        strengths[name] = _number(f"--strength {name}", value)
+    return strengths
 
 
-class _ReportFolder:
-    """The folder of a report. Nothing in it is overwritten but this run's own files."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.kept: Path | None = None
-        self._ours = False
-
-    def check(self) -> None:
-        """Raises unless the folder can be made, is empty, or holds an earlier report."""
-        accepted = "a folder that is new, empty, or holds an earlier jaxreg report"
-        existing = self.path
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir():
-            raise _check.ArgumentError("--out", f"{str(self.path)!r}: {existing} is a file", accepted)
-        if not os.access(existing, os.W_OK):
-            raise _check.ArgumentError("--out", f"{str(self.path)!r}, which is not writable", accepted)
-        if self.path.exists() and any(self.path.iterdir()) and not self._holds_a_report():
-            raise _check.ArgumentError("--out", f"{str(self.path)!r}, which holds something else", accepted)
-
-    def save(self, results: dict[str, Any]) -> None:
-        """Writes ``results.json``, whole or not at all."""
-        if not self._ours:
-            self._claim()
-        temporary = self.path / "results.json.partial"
-        temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / "results.json")
-
-    def announce(self) -> None:
-        """Says where the report is, and where an earlier one went."""
-        print(f"Report: {self.path / 'index.html'}")
-        if self.kept:
-            print(f"The earlier report is now in {self.kept}")
-
-    def _claim(self) -> None:
-        if self._holds_a_report():
-            numbers = iter(range(1, sys.maxsize))
-            free = (self.path.with_name(f"{self.path.name}-{n}") for n in numbers)
-            self.kept = next(path for path in free if not path.exists())
-            self.path.rename(self.kept)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._ours = True
-
-    def _holds_a_report(self) -> bool:
-        try:
-            schema = json.loads((self.path / "results.json").read_text(encoding="utf-8"))["schema"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return str(schema).startswith("jaxreg.compare/")
+def _whole(name: str, text: str | None, default: int | None, most: int = 10**9) -> int | None:
+    if text is None:
+        return default
+    # A longer one is out of range, and Python refuses to read thousands of digits.
+    number = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if not 1 <= number <= most:
+        raise _check.ArgumentError(name, _check.describe(text), f"a whole number from 1 to {most}")
+    return number
 
 
-def _recipe_names(given: list[str] | None) -> list[str] | None:
-    """Names separated by spaces, commas or both."""
-    return None if given is None else [name for part in given for name in part.split(",") if name]
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a whole number >= 1")
-    return int(text)
-
-
-def _number(text: str) -> float:
+def _number(name: str, text: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a finite number")
+    if not abs(number) < LARGEST:
+        raise _check.ArgumentError(name, _check.describe(text), "a finite number of 32 bits")
     return number
 
 
-def _assignment(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: RECIPE=VALUE, as dropout=0.5")
-    return name, _number(value)
+def _compare(options: argparse.Namespace) -> int:
+    asked = _settings(options)
+    folder = ReportFolder(options.out)
+    dataset, split = _read_data(asked)
+
+    # Imported here: what is wrong above is said without waiting for JAX.
+    from jaxreg._progress import CtrlC, RecipeProgress
+
+    with CtrlC() as ctrl_c:
+        from jax.errors import JaxRuntimeError
+
+        from jaxreg import report, training
+        from jaxreg.comparison import Comparison, choose
+
+        recipes = choose(asked["recipes"], asked["strength"], dataset.task)
+        asked["recipes"] = [recipe.name for recipe, _ in recipes]
+        pace = training.Settings(asked["epochs"], asked["batch_size"], asked["learning_rate"])
+        comparison = Comparison(dataset, split, asked["model"], pace)
+        finished: list[Outcome] = []
+
+        def stopped(status: int, why: str) -> int:
+            where = f"their results are in {folder.path}" if finished else "nothing was written"
+            count = f"{len(finished)} of {len(recipes)} recipes"
+            return _fail(status, f"{why}; {count} had finished, {where}")
+
+        try:
+            progress = RecipeProgress(len(recipes), pace.epochs, ctrl_c)
+            with suppress(KeyboardInterrupt), progress:
+                for recipe, strength in recipes:
+                    outcome = comparison.run(recipe, strength, progress.start(recipe.name))
+                    folder.save(comparison.results(asked, [*finished, outcome]))
+                    finished.append(outcome)
+            with suppress(KeyboardInterrupt):
+                if finished:
+                    results = comparison.results(asked, finished)
+                    weights = {outcome.record["name"]: outcome.weights for outcome in finished}
+                    report.write_report(folder.path, results, weights)
+                    _show(results, folder)
+        except (OSError, JaxRuntimeError) as error:  # a full disk; too little memory
+            return stopped(FAILED, f"error: {error}")
+    return stopped(INTERRUPTED, "interrupted") if ctrl_c.pressed else 0
+
+
+def _read_data(asked: dict[str, Any]) -> "tuple[Dataset, Split]":
+    from jaxreg import data
+
+    dataset = data.load(asked["data"], target=asked["target"], task=asked["task"])
+    if asked["model"] == "cnn" and dataset.x.ndim not in (3, 4):
+        given = f"'cnn' for inputs of shape {dataset.x.shape[1:]}"
+        accepted = "linear or mlp; cnn for (length, channels) and (height, width, channels)"
+        raise _check.ArgumentError("--model", given, accepted)
+    size, noise, seeds = asked["train_size"], asked["label_noise"], asked["seeds"]
+    return dataset, data.split(dataset, train_size=size, label_noise=noise, seeds=seeds)
+
+
+def _show(results: dict[str, Any], folder: ReportFolder) -> None:
+    """The table and the verdict, and where the report is and an earlier one went."""
+    from rich.console import Console
+
+    from jaxreg import report
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # such as ± where only ASCII is known
+    console = Console(highlight=False, markup=False)
+    # Cells are never dropped: a narrower terminal wraps lines, and a pipe has no width.
+    Console(width=max(console.width, TABLE_WIDTH)).print(report.table(results))
+    console.print(report.verdict(results))
+    console.print(f"Report: {folder.path / 'index.html'}", soft_wrap=True)
+    if folder.kept:
+        console.print(f"The earlier report is now in {folder.kept}", soft_wrap=True)

@@ -19,6 +19,16 @@ from jaxreg.recipes import RECIPES, Recipe
 
 SCHEMA = "jaxreg.compare/1"
 CALIBRATION_BINS = 15
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+FIGURES = (
+    "train_score",
+    "test_score",
+    "gap",
+    "test_nll",
+    "calibration_error",
+    "zeros",
+    "best_epoch",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,7 @@ def choose(
 
     Raises:
         ValueError: where a name is unknown, repeated or not for this task, or a strength is out
-            of range or for a recipe that is not run.
+            of range or for a recipe that is not run or has none.
 
     >>> [(recipe.name, strength) for recipe, strength in
     ...  choose(["none", "dropout"], {"dropout": 0.2}, "classification")]
@@ -53,102 +63,114 @@ def choose(
     fits = [
         r.name for r in RECIPES.values() if task == "classification" or not r.classification_only
     ]
-    chosen = list(names) if names is not None else fits
-    for name in chosen:
+    chosen = fits if names is None else list(names)
+    for i, name in enumerate(chosen):
         _check.choice("--recipes", name, RECIPES)
         if name not in fits:
-            raise _check.ArgumentError(
-                "--recipes", f"{name!r}, which is for classification", ", ".join(fits)
-            )
-    if len(set(chosen)) < len(chosen) or not chosen:
-        raise _check.ArgumentError("--recipes", " ".join(chosen) or "none at all", "each name once")
+            given = f"{name!r}, which is for classification"
+            raise _check.ArgumentError("--recipes", given, ", ".join(fits))
+        if name in chosen[:i]:
+            raise _check.ArgumentError("--recipes", f"{name!r} twice", "each name once")
+    if not chosen:
+        raise _check.ArgumentError("--recipes", "no name", ", ".join(fits))
+    tunable = [name for name in chosen if RECIPES[name].strength is not None]
     for name, strength in strengths.items():
-        _check.choice("--strength", name, chosen)
-        RECIPES[name].regularizers(strength)
+        _check.choice("--strength", name, tunable or ["nothing, as no recipe here has a strength"])
+        RECIPES[name].check(f"--strength {name}", strength)
     return [(RECIPES[name], strengths.get(name)) for name in chosen]
 
 
-def run_recipe(
-    recipe: Recipe,
-    strength: float | None,
-    dataset: Dataset,
-    split: Split,
-    model: models.ModelName,
-    settings: training.Settings,
-    on_epochs: Callable[[int], None] = lambda done: None,
-) -> Outcome:
-    """Trains one recipe on every lane of a split and measures it."""
-    regularizers = recipe.regularizers(strength)
-    outputs = len(dataset.classes) or 1
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """What all recipes of a comparison share: the data, the model and how it is trained."""
 
-    def make_model(rngs: nnx.Rngs) -> nnx.Module:
-        return models.build(model, dataset.x.shape[1:], outputs, regularizers.dropout, rngs)
+    dataset: Dataset
+    split: Split
+    model: models.ModelName
+    settings: training.Settings
 
-    lanes = training.Lanes(*(getattr(split, name) for name in training.Lanes._fields))
-    fit = training.fit_lanes(make_model, lanes, regularizers, settings, on_epochs=on_epochs)
-    measured = [_measure(lane, fit, split) for lane in range(len(fit.best_epoch))]
-    record = {
-        "name": recipe.name,
-        "description": recipe.description,
-        "settings": regularizers.describe(),
-        "seeds": [{"seed": seed, **figures} for seed, figures in enumerate(measured)],
-        "curves": {
-            "epoch": list(range(1, settings.epochs + 1)),
-            **{name: _plain(values) for name, values in fit.curves.items()},
-        },
-        "compile_seconds": round(fit.compile_seconds, 3),
-        "run_seconds": round(fit.run_seconds, 3),
-    }
-    return Outcome(record, _weights(fit.params, dataset.x.shape[1:]))
+    def run(
+        self,
+        recipe: Recipe,
+        strength: float | None,
+        on_epochs: Callable[[int], None] = lambda done: None,
+    ) -> Outcome:
+        """Trains one recipe on every lane of the split and measures it.
 
+        ``on_epochs`` is called with the number of epochs that have ended, now and then.
+        """
+        regularizers = recipe.regularizers(strength)
+        lanes = training.Lanes(*(getattr(self.split, name) for name in training.Lanes._fields))
+        fit = training.fit_lanes(
+            lambda rngs: self._build(regularizers.dropout, rngs),
+            lanes,
+            regularizers,
+            self.settings,
+            on_epochs=on_epochs,
+        )
+        figures = [_figures(lane, fit, self.split) for lane in range(len(fit.best_epoch))]
+        record = {
+            "name": recipe.name,
+            "description": recipe.description,
+            "settings": regularizers.describe(),
+            "seeds": [{"seed": seed, **of} for seed, of in enumerate(figures)],
+            "curves": {
+                "epoch": list(range(1, self.settings.epochs + 1)),
+                **{name: _plain(values) for name, values in fit.curves.items()},
+            },
+            "compile_seconds": round(fit.compile_seconds, 3),
+            "run_seconds": round(fit.run_seconds, 3),
+        }
+        return Outcome(record, _weights(fit.params, self.dataset.x.shape[1:]))
 
-def document(
-    dataset: Dataset,
-    split: Split,
-    model: models.ModelName,
-    settings: dict[str, Any],
-    records: Sequence[dict[str, Any]],
-    status: str,
-) -> dict[str, Any]:
-    """The content of ``results.json``; its schema is ``jaxreg/results.schema.json``."""
-    outputs = len(dataset.classes) or 1
-    shape = dataset.x.shape[1:]
-    built = nnx.eval_shape(lambda: models.build(model, shape, outputs, 0.0, nnx.Rngs(0)))
-    leaves = jax.tree.leaves(nnx.state(built, nnx.Param))
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    device = jax.devices()[0]
-    return {
-        "schema": SCHEMA,
-        "status": status,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": settings,
-        "data": {
-            "name": dataset.name,
-            "task": dataset.task,
-            "rows": len(dataset.x),
-            "features": list(shape),
-            "classes": list(dataset.classes),
-            "train_rows": split.train_x.shape[1],
-            "validation_rows": split.validation_x.shape[1],
-            "test_rows": split.test_x.shape[1],
-        },
-        "model": {
-            "name": model,
-            "description": str(built.describe()) if hasattr(built, "describe") else model,
-            "parameters": int(sum(leaf.size for leaf in leaves)),
-        },
-        "versions": {
-            "jaxreg": jaxreg.__version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-            "python": platform.python_version(),
-        },
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
-        "recipes": list(records),
-    }
+    def results(self, asked: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """The content of ``results.json``; its schema is ``jaxreg/results.schema.json``.
+
+        Args:
+            asked: the settings that the user gave; ``recipes`` names those to run.
+            outcomes: of the recipes that have run.
+        """
+        dataset, split = self.dataset, self.split
+        model = nnx.eval_shape(lambda: self._build(0.0, nnx.Rngs(0)))
+        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        device = jax.devices()[0]
+        return {
+            "schema": SCHEMA,
+            "status": "complete" if len(outcomes) == len(asked["recipes"]) else "interrupted",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": asked,
+            "data": {
+                "name": dataset.name,
+                "task": dataset.task,
+                "rows": len(dataset.x),
+                "features": list(dataset.x.shape[1:]),
+                "classes": list(dataset.classes),
+                "train_rows": split.train_x.shape[1],
+                "validation_rows": split.validation_x.shape[1],
+                "test_rows": split.test_x.shape[1],
+            },
+            "model": {
+                "name": self.model,
+                "description": _layers(model),
+                "parameters": sum(leaf.size for leaf in weights),
+            },
+            "versions": {
+                "jaxreg": jaxreg.__version__,
+                **versions,
+                "python": platform.python_version(),
+            },
+            "device": {
+                "platform": device.platform,
+                "kind": device.device_kind,
+                "count": jax.device_count(),
+            },
+            "recipes": [outcome.record for outcome in outcomes],
+        }
+
+    def _build(self, dropout_rate: float, rngs: nnx.Rngs) -> models.MLP | models.CNN:
+        outputs = len(self.dataset.classes) or 1
+        return models.build(self.model, self.dataset.x.shape[1:], outputs, dropout_rate, rngs)
 
 
 def calibration_error(outputs: np.ndarray, targets: np.ndarray, variance: float = 1.0) -> float:
@@ -166,8 +188,6 @@ def calibration_error(outputs: np.ndarray, targets: np.ndarray, variance: float 
     >>> round(calibration_error(certain, np.array([0, 1])), 3)
     0.5
     """
-    if not np.isfinite(outputs).all():
-        return float("nan")
     if np.issubdtype(targets.dtype, np.integer):
         probabilities = np.asarray(jax.nn.softmax(jnp.asarray(outputs), axis=-1), np.float64)
         confidence = probabilities.max(axis=-1)
@@ -182,31 +202,37 @@ def calibration_error(outputs: np.ndarray, targets: np.ndarray, variance: float 
     return float(np.abs(inside - levels).mean())
 
 
-def _measure(lane: int, fit: training.LaneFit, split: Split) -> dict[str, Any]:
-    """The figures of one seed; None where training diverged."""
+def _layers(model: models.MLP | models.CNN) -> str:
+    """The sizes of a model's layers: ``64-128-10``, or ``conv 16, 32; dense 128-10``."""
+    if isinstance(model, models.CNN):
+        channels = ", ".join(str(block.out_features) for block in model.blocks)
+        return f"conv {channels}; dense {model.head.in_features}-{model.head.out_features}"
+    sizes = [model.layers[0].in_features, *(layer.out_features for layer in model.layers)]
+    return "-".join(map(str, sizes))
+
+
+def _figures(lane: int, fit: training.LaneFit, split: Split) -> dict[str, Any]:
+    """The figures of one seed; all of them None where training diverged."""
+    outputs = [of[lane] for of in (fit.train_outputs, fit.validation_outputs, fit.test_outputs)]
+    # No epoch was kept where early stopping never saw a finite loss.
+    if fit.best_epoch[lane] == 0 or not all(np.isfinite(of).all() for of in outputs):
+        return dict.fromkeys(FIGURES)
+    targets = [of[lane] for of in (split.train_y, split.validation_y, split.test_y)]
     train, validation, test = (
-        (jnp.asarray(outputs[lane]), jnp.asarray(targets[lane]))
-        for outputs, targets in (
-            (fit.train_outputs, split.train_y),
-            (fit.validation_outputs, split.validation_y),
-            (fit.test_outputs, split.test_y),
-        )
+        (jnp.asarray(output), jnp.asarray(target))
+        for output, target in zip(outputs, targets, strict=True)
     )
     variance = training.residual_variance(*validation)
     train_score, test_score = training.score(*train), training.score(*test)
     kernels = training.kernel_leaves(jax.tree.map(lambda p: p[lane], fit.params))
-    zeros = sum(np.count_nonzero(k == 0) for k in kernels) / sum(k.size for k in kernels)
+    weights = np.concatenate([kernel.ravel() for kernel in kernels])
     return {
         "train_score": _plain(train_score),
         "test_score": _plain(test_score),
         "gap": _plain(train_score - test_score),
         "test_nll": _plain(training.negative_log_likelihood(*test, variance)),
-        "calibration_error": _plain(
-            np.asarray(
-                calibration_error(fit.test_outputs[lane], split.test_y[lane], float(variance))
-            )
-        ),
-        "zeros": zeros,
+        "calibration_error": _plain(calibration_error(outputs[2], targets[2], float(variance))),
+        "zeros": _plain(np.mean(weights == 0)),
         "best_epoch": int(fit.best_epoch[lane]),
     }
 

@@ -60,7 +60,8 @@ class LaneFit:
 
     Attributes:
         params: the trained parameters; with early stopping, those of the best epoch.
-        best_epoch: 1-based epoch that the parameters are from, shape (lanes,).
+        best_epoch: 1-based epoch that the parameters are from, shape (lanes,); 0 where early
+            stopping found none of finite loss, and the parameters are the initial ones.
         train_outputs, validation_outputs, test_outputs: the model's outputs, (lanes, rows, k).
         curves: for each of train, validation and test, the score and the negative
             log-likelihood after each epoch: name -> (lanes, epochs).

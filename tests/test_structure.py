@@ -21,7 +21,7 @@ LAYERS = [
     ["training"],
     ["comparison"],
     ["plot"],
-    ["report"],
+    ["report", "_folder", "_progress"],
     ["cli"],
     ["__main__"],
 ]
