@@ -19,7 +19,8 @@ from jaxreg._folder import ReportFolder
 
 if TYPE_CHECKING:
     from jaxreg.comparison import Outcome
-    from jaxreg.data import Dataset, Split
+    from jaxreg.data import Dataset
+    from jaxreg.splits import Split
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TABLE_WIDTH = 100
@@ -230,7 +231,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _read_data(asked: dict[str, Any]) -> "tuple[Dataset, Split]":
-    from jaxreg import data
+    from jaxreg import data, splits
 
     dataset = data.load(asked["data"], target=asked["target"], task=asked["task"])
     if asked["model"] == "cnn" and dataset.x.ndim not in (3, 4):
@@ -238,7 +239,7 @@ def _read_data(asked: dict[str, Any]) -> "tuple[Dataset, Split]":
         accepted = "linear or mlp; cnn for (length, channels) and (height, width, channels)"
         raise _check.ArgumentError("--model", given, accepted)
     size, noise, seeds = asked["train_size"], asked["label_noise"], asked["seeds"]
-    return dataset, data.split(dataset, train_size=size, label_noise=noise, seeds=seeds)
+    return dataset, splits.split(dataset, train_size=size, label_noise=noise, seeds=seeds)
 
 
 def _show(results: dict[str, Any], folder: ReportFolder) -> None:

@@ -14,8 +14,9 @@ from flax import nnx
 
 import jaxreg
 from jaxreg import _check, models, training
-from jaxreg.data import Dataset, Split
+from jaxreg.data import Dataset
 from jaxreg.recipes import RECIPES, Recipe
+from jaxreg.splits import Split
 
 SCHEMA = "jaxreg.compare/1"
 CALIBRATION_BINS = 15

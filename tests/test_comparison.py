@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn import metrics
 
 import jaxreg
-from jaxreg import comparison, data, training
+from jaxreg import comparison, data, splits, training
 from jaxreg.recipes import RECIPES, Regularizers
 
 FIGURES = ("train_score", "test_score", "gap", "test_nll", "calibration_error", "zeros")
@@ -31,7 +31,7 @@ def make_dataset(task: str) -> data.Dataset:
 def make_comparison(task="classification", model="mlp", seeds=SEEDS, epochs=4, rate=0.01):
     dataset = make_dataset(task)
     pace = training.Settings(epochs, 16, rate)
-    return comparison.Comparison(dataset, data.split(dataset, seeds=seeds), model, pace)
+    return comparison.Comparison(dataset, splits.split(dataset, seeds=seeds), model, pace)
 
 
 # ---------------------------------------------------------------- figures
@@ -205,7 +205,7 @@ def test_a_cnn_is_described_by_its_channels_and_its_head():
     x = np.random.default_rng(0).normal(size=(40, 8, 8, 2)).astype(np.float32)
     dataset = data.Dataset("images", "classification", x, np.arange(40) % 4, tuple("abcd"))
     pace = training.Settings(1, 16, 0.01)
-    of = comparison.Comparison(dataset, data.split(dataset, seeds=1), "cnn", pace)
+    of = comparison.Comparison(dataset, splits.split(dataset, seeds=1), "cnn", pace)
     described = of.results({"recipes": []}, [])["model"]
     weights = (9 * 2 + 1) * 16 + (9 * 16 + 1) * 32 + (2 * 2 * 32 + 1) * 4
     assert described["description"] == "conv 16, 32; dense 128-4"

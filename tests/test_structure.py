@@ -15,6 +15,7 @@ LAYERS = [
     ["_check", "_tree", "where"],
     ["penalties", "losses", "noise", "mnist1d"],
     ["data"],
+    ["splits"],
     ["transforms"],
     ["optimizers"],
     ["models", "recipes"],
