@@ -233,6 +233,14 @@ def test_an_explicit_metric_serves_any_direction():
     assert stepped.tolist() == [0.0]
 
 
+def test_a_clip_of_some_leaves_has_no_single_coefficient():
+    clip = optax.masked(jaxreg.clip_by_global_norm(1.0), {"dense": {"kernel": True, "bias": False}})
+    tx = jaxreg.proximal(clip, 0.1, jaxreg.L1(0.1), metric=metric.sgd())
+    with pytest.raises(ValueError, match="direction: got a clip of some leaves only"):
+        one_step(tx)
+    one_step(jaxreg.regularize(clip, 0.1))  # without a penalty there is nothing to scale
+
+
 def test_the_adam_metric_needs_exactly_one_adam_state():
     tx = jaxreg.proximal(optax.trace(0.9), 0.1, jaxreg.L1(0.1), metric=metric.adam())
     with pytest.raises(ValueError, match="direction with 0 states of optax.scale_by_adam"):

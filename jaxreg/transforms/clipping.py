@@ -71,13 +71,29 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
 
 
 def coefficient(state: Any) -> jax.Array | float:
-    """The product of every clip's coefficient in an optimizer's state; 1 where there is none."""
-    is_clip = lambda node: isinstance(node, ClipState)  # noqa: E731
-    clips = [node for node in jax.tree.leaves(state, is_leaf=is_clip) if is_clip(node)]
+    """The product of every clip's coefficient in an optimizer's state; 1 where there is none.
+
+    Raises:
+        ValueError: where a clip acts on some of the leaves only, under ``optax.masked`` or
+            ``optax.multi_transform``: one number can't say what it did.
+    """
+    partial = (optax.MaskedState, optax.MultiTransformState)
+    if any(_find(part, ClipState) for part in _find(state, partial)):
+        raise _check.ArgumentError(
+            "direction",
+            "a clip of some leaves only, under optax.masked or multi_transform",
+            "a clip of all leaves: the proximal step needs its coefficient for each leaf",
+        )
     product: jax.Array | float = 1.0
-    for clip in clips:
+    for clip in _find(state, ClipState):
         product = product * clip.coefficient
     return product
+
+
+def _find(state: Any, kinds: Any) -> list[Any]:
+    """The outermost nodes of the given types in a state."""
+    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
 def _times(x: jax.Array, scalar: jax.Array) -> jax.Array:

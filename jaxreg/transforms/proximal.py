@@ -115,9 +115,11 @@ def proximal(
         updates, decay_state = after.update(
             updates, state.decay, params, **{**extra_args, "learning_rate": rate}
         )
-        gain = metric(direction_state, params)
-        step = jnp.asarray(rate) * clipping.coefficient(direction_state)
-        updates = _prox_updates(penalties, updates, params, gain, step)
+        if penalties:
+            gain = metric(direction_state, params)
+            step = jnp.asarray(rate) * clipping.coefficient(direction_state)
+            updates = _prox_updates(penalties, updates, params, gain, step)
+        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ProximalState(count, direction_state, decay_state)
 
@@ -146,7 +148,7 @@ def _prox_updates(
 
     def move(p: jax.Array, u: jax.Array, g: Any, penalty: Penalty | None) -> jax.Array:
         if penalty is None:
-            return u.astype(p.dtype)
+            return u
         target = _tree.widen(p) + u
         metric_step = step.astype(target.dtype) * jnp.asarray(g).astype(target.dtype)
         # Rounded to p's dtype before p is taken off. Where target and p are within a factor of 2
