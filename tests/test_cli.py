@@ -402,7 +402,7 @@ def press_at(monkeypatch, moment: Any, name: str, calls: int) -> None:
         nonlocal calls
         calls -= 1
         if calls == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return function(*arguments, **named)
 
     monkeypatch.setattr(moment, name, pressed)
@@ -430,8 +430,8 @@ def test_ctrl_c_while_the_report_is_written_lets_it_be_finished(run, place, inst
 
 def test_a_second_ctrl_c_does_not_wait(run, place, instant, monkeypatch):
     def stuck(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("it waited")
 
     monkeypatch.setattr(report, "write_report", stuck)
