@@ -56,6 +56,9 @@ def scalar(name: str, value: Any, accepted: str, holds: Callable[[float], bool])
     A Python float (weakly typed) lets 0, 0.0 and float32(0) share one trace, and loses no
     precision when 64-bit floats are enabled.
     """
+    if is_schedule(value):
+        accepted += "; a schedule goes into optax.inject_hyperparams"
+        raise ArgumentError(name, "a function", accepted)
     if not is_concrete(value):
         shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
         if shape != () or dtype is None or not np.issubdtype(dtype, np.number):

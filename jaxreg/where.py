@@ -7,6 +7,9 @@ A selector looks at each leaf's path and rank. Selectors combine with ``&``, ``|
 A path is the leaf's keys joined with ``/``: ``layers/0/kernel``. Selectors are values: two that
 are written alike are equal, so that building one inside a jitted function does not recompile it.
 They are resolved while tracing and never stored in an optimizer's state.
+
+`kernels`, the default of decay and penalties, is what multiplies inputs; `everything` is every
+leaf. To see what a selector chooses, call ``selector.mask(params)``.
 """
 
 import abc
@@ -47,10 +50,12 @@ class Selector(abc.ABC):
         if paths and not any(chosen):
             listed = ", ".join(p or "(the array itself)" for p in paths[:20])
             more = f", and {len(paths) - 20} more" if len(paths) > 20 else ""
+            default = "; kernels are the default: choose with .on(...) or where=..."
             raise _check.ArgumentError(
                 "where",
                 f"{self!r}, which matches no leaf",
-                f"a selector that matches at least one of: {listed}{more}",
+                f"a selector that matches at least one of: {listed}{more}"
+                + (default if self == kernels else ""),
             )
         return jax.tree.unflatten(treedef, chosen)
 
@@ -161,6 +166,8 @@ class _Not(Selector):
 
 @dataclass(frozen=True)
 class _Everything(Selector):
+    """Every leaf."""
+
     def selects(self, path: str, leaf: Any) -> bool:
         return True
 
@@ -168,47 +175,64 @@ class _Everything(Selector):
         return "where.everything"
 
 
-# What a component of a path is called in Flax, Equinox, Haiku and PyTorch ports.
-_NAMED_KERNEL = re.compile(r"(.*_)?(kernel|weights?|w|coef)\d*", re.IGNORECASE)
-_NAMED_OTHER = re.compile(
-    r"(.*_)?(bias(es)?|b|intercept|scale|beta|gamma|offset|alpha)\d*", re.IGNORECASE
-)
-_NORM_OR_EMBEDDING = re.compile(
-    r".*(norm|embed).*|(.*_)?(ln|bn|gn|wte|wpe)(_?\w?\d+)*", re.IGNORECASE
-)
-
-
 @dataclass(frozen=True)
 class _Kernels(Selector):
+    """The default of decay and penalties: what multiplies inputs, and nothing else.
+
+    By the last name on its path (numbers aside) and its rank, a leaf is
+
+    - no kernel if it is a ``bias``, at any rank;
+    - a kernel if it is called ``kernel``, and has an axis;
+    - no kernel if it lies in, or is, a normalization or an embedding (``LayerNorm_0``, ``bn1``,
+      ``wte``, ``pos_embed``), or is called ``scale``, ``gamma``, ``beta``, ``offset`` or
+      ``intercept``;
+    - a kernel if it is called ``w``, ``weight``, ``weights``, ``coef`` or ``coefs``, and has an
+      axis;
+    - else a kernel if it has two axes or more.
+
+    A tree that is one array is a kernel. To see what is chosen, call `mask` on the parameters.
+
+    >>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
+    ...           "norm": {"scale": np.ones(3)}}
+    >>> kernels.mask(params)
+    {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+    """
+
     def selects(self, path: str, leaf: Any) -> bool:
         if not path:
             return True
-        *parents, name = path.split("/")
-        if any(_NORM_OR_EMBEDDING.fullmatch(part) for part in [*parents, name]):
+        rank = np.ndim(leaf)
+        # Positions in lists and tuples say nothing about what a leaf is for.
+        components = [_words(part) for part in path.split("/") if not part.isdecimal()]
+        name, parent = [*components[::-1], [], []][:2]
+        last = name[-1] if name else ""
+        if {"bias", "biases"} & {*name}:
             return False
-        if _NAMED_KERNEL.fullmatch(name):
-            return np.ndim(leaf) >= 1
-        return np.ndim(leaf) >= 2 and not _NAMED_OTHER.fullmatch(name)
+        if last == "kernel":
+            return rank >= 1
+        if any(map(_is_norm_or_embedding, name + parent)) or last in _NO_KERNELS:
+            return False
+        return rank >= (1 if last in _NAMED_WEIGHTS else 2)
 
     def __repr__(self) -> str:
         return "where.kernels"
 
 
+_NAMED_WEIGHTS = {"w", "weight", "weights", "coef", "coefs"}
+_NO_KERNELS = {"scale", "scales", "gamma", "beta", "offset", "intercept"}
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name in snake or camel case, digits left out: LayerNorm_0 -> layer, norm."""
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def _is_norm_or_embedding(word: str) -> bool:
+    return "norm" in word or "embed" in word or word in ("ln", "bn", "gn", "wte", "wpe")
+
+
 everything: Selector = _Everything()
-"""Every leaf."""
-
 kernels: Selector = _Kernels()
-"""The default of decay and penalties: what multiplies inputs, and nothing else.
-
-A leaf is a kernel if it is called so (``kernel``, ``weight``, ``w``, ``coef``) or has rank 2 or
-more, and it is not called a bias or scale, nor lies in a normalization layer or an embedding (by
-the names on its path). A tree that is one array is a kernel.
-
->>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
-...           "norm": {"scale": np.ones(3)}}
->>> kernels.mask(params)
-{'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
-"""
 
 
 def path(pattern: str) -> Selector:

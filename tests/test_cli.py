@@ -394,6 +394,14 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_written(run, place, instant
 # ---------------------------------------------------------------- Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def sigint():
+    """Python's own handler: a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_at(monkeypatch, moment: Any, name: str, calls: int) -> None:
     """Lets Ctrl-C be pressed in the n-th call of a function."""
     function = getattr(moment, name)

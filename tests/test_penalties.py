@@ -59,6 +59,24 @@ def test_on_gives_the_same_penalty_for_other_leaves():
     assert repr(jaxreg.L1(0.1)) == "L1(0.1)"
 
 
+def test_a_path_pattern_may_stand_for_the_selector_at_construction_too():
+    assert jaxreg.L1(0.1, where="head/**").where == where.path("head/**")
+    assert jaxreg.NonNegative(where="head/**").where == where.path("head/**")
+    with pytest.raises(ValueError, match="where: got 3"):
+        jaxreg.L1(0.1, where=3)
+
+
+def test_a_tree_in_place_of_an_array_is_refused():
+    for tree in ({"w": jnp.ones(2)}, [jnp.ones(2), jnp.ones(3)], "w"):
+        with pytest.raises(ValueError, match="x: got a .*; accepted: (one array|a real floating)"):
+            jaxreg.L1(0.1).value(tree)
+
+
+def test_a_schedule_in_place_of_a_strength_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"strength: got a function.*inject_hyperparams"):
+        jaxreg.L1(lambda count: 0.1)
+
+
 def test_a_penalty_is_immutable():
     with pytest.raises(AttributeError):
         jaxreg.L1(0.1).strength = 0.2  # pyright: ignore

@@ -181,14 +181,26 @@ def test_auto_reads_the_gain_of_optax_directions(direction, gradient, gain):
     ids=lambda tx: tx.update.__qualname__.split(".")[0],
 )
 def test_auto_refuses_what_it_does_not_know_and_names_the_remedy(direction):
-    with pytest.raises(ValueError, match=r"^metric: got 'auto' for .*metric= one of"):
+    with pytest.raises(ValueError, match=r"^metric: got 'auto' for .*metric=, its gain"):
         jaxreg.proximal(direction, 0.1, jaxreg.L1(0.1))
 
 
-def test_auto_refuses_a_direction_that_holds_its_learning_rate():
-    for tx in (optax.adam(0.1), optax.sgd(0.1), optax.adam(optax.linear_schedule(0.1, 0.0, 5))):
-        with pytest.raises(ValueError, match="one without its learning rate"):
-            jaxreg.proximal(tx, 0.1, jaxreg.L1(0.1))
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(0.1), optax.sgd(0.1), optax.adamw(optax.linear_schedule(0.1, 0.0, 5))],
+    ids=["adam", "sgd", "adamw"],
+)
+def test_a_whole_optimizer_is_refused_as_a_direction(optimizer):
+    """It would ascend: its sign is flipped already."""
+    for make in (
+        lambda: jaxreg.regularize(optimizer, 0.1),
+        lambda: jaxreg.regularize(optimizer, 0.1, clip=1.0),
+        lambda: jaxreg.proximal(optimizer, 0.1, jaxreg.L1(0.1)),
+        lambda: jaxreg.proximal(optimizer, 0.1, jaxreg.L1(0.1), metric=metric.adam()),
+    ):
+        with pytest.raises(ValueError, match=r"direction: got a whole optimizer.*scale_by_adam"):
+            make()
+    jaxreg.regularize(optax.chain(optax.trace(0.9), optax.scale(2.0)), 0.1)
 
 
 def test_auto_refuses_two_directions_in_a_row():

@@ -110,10 +110,21 @@ def test_kernels_are_found_in_flax_models_and_nothing_else():
         ("b", (3,), False),
         ("intercept", (), False),
         ("out/kernel", (), False),
+        ("patch_embed/kernel", (4, 4, 3, 8), True),
+        ("projection_norm/kernel", (3, 3), True),
+        ("lora_a", (8, 2), True),
+        ("lora_b", (2, 8), True),
+        ("w/0", (3,), True),
+        ("0/1", (3,), False),
+        ("0/1", (3, 3), True),
+        ("attention_bias", (4, 4), False),
+        ("LayerNorm_0/gamma", (12, 4), False),
+        ("bn1/weight", (3,), False),
+        ("pos_embed", (1, 9, 4), False),
+        ("theta", (3,), False),
         ("anything", (3, 3), True),
         ("anything", (3,), False),
         ("layers/bias", (12, 4), False),
-        ("batch_norm/kernel", (3, 3), False),
         ("ln_1/weight", (3,), False),
         ("wte/weight", (9, 3), False),
         ("token_embedding/weight", (9, 3), False),
@@ -139,6 +150,11 @@ def test_a_named_tuple_has_its_fields_for_paths():
 def test_no_match_is_an_error_that_lists_the_paths():
     with pytest.raises(ValueError, match="matches no leaf.*embedding/kernel, layers/0/bias"):
         where.path("**/kernal").mask(PARAMS)
+
+
+def test_no_match_of_the_default_says_how_to_choose():
+    with pytest.raises(ValueError, match=r"kernels are the default: choose with \.on"):
+        where.kernels.mask({"theta": np.ones(3)})
 
 
 def test_no_match_lists_no_more_than_twenty_paths():

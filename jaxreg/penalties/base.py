@@ -41,6 +41,17 @@ class Penalty(abc.ABC):
     )
     """The leaves of a parameter tree that the penalty is for; see `on`."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", _where.as_selector(self.where))
+        for field in dataclasses.fields(self):
+            if not field.metadata.get("static"):
+                number = self._check_number(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, number)
+
+    @staticmethod
+    def _check_number(name: str, value: Any) -> Any:
+        return _check.nonnegative(name, value)
+
     def on(self, selector: _where.Selector | str) -> Self:
         """The same penalty for other leaves: a selector, or a path pattern.
 
@@ -171,15 +182,12 @@ def penalty(cls: type[_P]) -> type[_P]:
     return cls
 
 
-def check_numbers(self: Penalty, check: Any) -> None:
-    """Replaces each number of a penalty under construction by what `check(name, number)` gives."""
-    for field in dataclasses.fields(self):
-        if not field.metadata.get("static"):
-            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
-
-
 def _floating(name: str, x: Any) -> jax.Array:
-    array = jnp.asarray(x)
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        given = f"a {type(x).__name__}"
+        raise _check.ArgumentError(name, given, "one array, such as a leaf of a tree") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise _check.ArgumentError(name, _check.describe(array), "a real floating array")
     return array

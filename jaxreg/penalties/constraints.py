@@ -4,11 +4,13 @@ Their prox is the Euclidean projection on the set, whatever the step (0 included
 is no minimizer at any step).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxreg import _check
-from jaxreg.penalties.base import Penalty, check_numbers, penalty
+from jaxreg.penalties.base import Penalty, penalty
 
 
 @penalty
@@ -36,12 +38,14 @@ class Box(Penalty):
     upper: float | jax.Array
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self, lambda name, v: _check.scalar(name, v, "a number, not NaN", lambda b: b == b)
-        )
+        super().__post_init__()
         lower, upper = self.lower, self.upper
         if _check.is_concrete(lower) and _check.is_concrete(upper) and lower > upper:
             raise _check.ArgumentError("upper", repr(upper), f"a number >= lower = {lower}")
+
+    @staticmethod
+    def _check_number(name: str, value: Any) -> Any:
+        return _check.scalar(name, value, "a number, not NaN", lambda bound: bound == bound)
 
     def _value(self, x: jax.Array) -> jax.Array:
         inside = jnp.all((x >= self.lower) & (x <= self.upper))

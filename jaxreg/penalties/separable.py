@@ -8,8 +8,7 @@ the identity.
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _check
-from jaxreg.penalties.base import Penalty, check_numbers, penalty
+from jaxreg.penalties.base import Penalty, penalty
 
 
 def soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -49,9 +48,6 @@ class L1(Penalty):
 
     strength: float | jax.Array
 
-    def __post_init__(self) -> None:
-        check_numbers(self, _check.nonnegative)
-
     def _value(self, x: jax.Array) -> jax.Array:
         return self.strength * jnp.sum(jnp.abs(x))
 
@@ -88,9 +84,6 @@ class L2(Penalty):
     convex, separable, sparse = True, True, False
 
     strength: float | jax.Array
-
-    def __post_init__(self) -> None:
-        check_numbers(self, _check.nonnegative)
 
     def _value(self, x: jax.Array) -> jax.Array:
         return self.strength / 2 * jnp.sum(jnp.square(x))
@@ -130,9 +123,6 @@ class ElasticNet(Penalty):
 
     l1: float | jax.Array
     l2: float | jax.Array
-
-    def __post_init__(self) -> None:
-        check_numbers(self, _check.nonnegative)
 
     def _value(self, x: jax.Array) -> jax.Array:
         return self.l1 * jnp.sum(jnp.abs(x)) + self.l2 / 2 * jnp.sum(jnp.square(x))

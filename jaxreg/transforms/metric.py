@@ -113,6 +113,21 @@ def auto(direction: optax.GradientTransformation) -> Metric:
     return metrics[0] if metrics else sgd()
 
 
+def refuse_learning_rate(direction: optax.GradientTransformation) -> None:
+    """Raises where a direction is a whole optimizer: its sign would be flipped a second time."""
+    for link in _links(direction):
+        name, closed = _describe(link.update)
+        step_size = closed.get("step_size")
+        grows = isinstance(step_size, (int, float)) and step_size > 0
+        if name == "optax.scale_by_schedule" or (name == "optax.scale" and not grows):
+            raise _check.ArgumentError(
+                "direction",
+                f"a whole optimizer: one that contains {name}, its learning rate and sign",
+                "a direction without them, such as optax.scale_by_adam() in place of "
+                "optax.adam(lr), or optax.identity() in place of optax.sgd(lr)",
+            )
+
+
 def _links(direction: optax.GradientTransformation) -> list[optax.GradientTransformation]:
     """The links of a chain, whatever chains and wrappers they stand in."""
     name, closed = _describe(direction.update)
@@ -140,8 +155,6 @@ def _read(link: optax.GradientTransformation) -> Metric | None:
     if name in ("optax.identity", "jaxreg.clip_by_global_norm", "jaxreg.l2_decay"):
         # A clip's coefficient is part of the gain too; `proximal` reads it from the clip's state.
         return None
-    if name in ("optax.scale", "optax.scale_by_schedule"):
-        raise _refusal(f"a direction that contains {name}", "one without its learning rate")
     readers = {
         "optax.trace": (momentum, ("decay",)),
         "optax.scale_by_adam": (adam, ("b2", "eps", "eps_root")),
@@ -180,11 +193,11 @@ def _check_on_toy(name: str, direction: optax.GradientTransformation, metric: Me
         raise _refusal(f"{name}, whose update on a constant gradient is not the gain expected")
 
 
-def _refusal(given: str, accepted: str = "") -> _check.ArgumentError:
-    options = "optax.identity, trace or scale_by_adam, jaxreg's clip and l2_decay, chains of these"
-    explicit = (
-        "or else metric= one of jaxreg.metric.sgd(), momentum(decay), adam(b2, eps, eps_root)"
-    )
+def _refusal(given: str) -> _check.ArgumentError:
     return _check.ArgumentError(
-        "metric", f"'auto' for {given}", f"{accepted or options}; {explicit}"
+        "metric",
+        f"'auto' for {given}",
+        "optax.identity, trace or scale_by_adam, jaxreg's clip and l2_decay, and chains of these; "
+        "for another direction metric=, its gain on a constant gradient as a function "
+        "(direction_state, params) -> gain",
     )

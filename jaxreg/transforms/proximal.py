@@ -83,7 +83,7 @@ def proximal(
     [1.5, 0.0]
     """
     learning_rate = _check.number_or_schedule("learning_rate", learning_rate)
-    _check.transformation("direction", direction)
+    _metric.refuse_learning_rate(_check.transformation("direction", direction))
     penalties = _as_tuple(penalty)
     if metric == "auto":
         # Without a penalty no gain is needed, and any direction will do.
