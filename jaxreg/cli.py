@@ -254,6 +254,8 @@ def _show(results: dict[str, Any], folder: ReportFolder) -> None:
     # Cells are never dropped: a narrower terminal wraps lines, and a pipe has no width.
     Console(width=max(console.width, TABLE_WIDTH)).print(report.table(results))
     console.print(report.verdict(results))
+    for note in report.notes(results):
+        console.print("-", note)
     console.print(f"Report: {folder.path / 'index.html'}", soft_wrap=True)
     if folder.kept:
         console.print(f"The earlier report is now in {folder.kept}", soft_wrap=True)

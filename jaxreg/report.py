@@ -146,7 +146,8 @@ def paired_difference(results: Results, name: str, baseline: str, metric: str) -
     mean, sd, seeds, _ = spread([nan if None in pair else pair[0] - pair[1] for pair in pairs])
     if seeds < 2:
         return Difference(mean, nan, nan, seeds)
-    error, comparisons = sd / sqrt(seeds), len(recipes) - 1
+    # Recipes that were asked for: a run that was stopped early separates no more than a whole one.
+    error, comparisons = sd / sqrt(seeds), max(1, len(results["settings"]["recipes"]) - 1)
     quantile = float(stdtrit(seeds - 1, 1 - 0.025 / comparisons))
     return Difference(mean, error, error * quantile, seeds)
 
@@ -208,7 +209,7 @@ def write_report(folder: Path, results: Results, weights: Mapping[str, Any]) -> 
     page = environment.from_string(source).render(
         results=results,
         verdict=verdict(results),
-        notes=_notes(results),
+        notes=notes(results),
         columns=columns(results),
         rows=summary(results),
         differences=_differences(results),
@@ -251,10 +252,14 @@ def _column(results: Results, key: str) -> Column:
 
 def _noise(results: Results, name: str, baseline: str, otherwise: str) -> str:
     """Clause of the verdict that weighs a difference of test NLL against the noise."""
-    nll, of = _column(results, "test_nll"), paired_difference(results, name, baseline, "test_nll")
+    of = paired_difference(results, name, baseline, "test_nll")
     if of.seeds < 2:
         return f"one seed gives no measure of the noise, so {otherwise}"
-    size = f"{nll.text(of.mean, '+')} ± {nll.text(of.error)} (standard error, {of.seeds} seeds)"
+    if of.mean == of.error == 0:
+        return f"seed by seed they are identical, so {otherwise}"
+    # Significant digits, not decimals: a small difference keeps its sign.
+    interval = f"{of.mean - of.margin:+.2g} to {of.mean + of.margin:+.2g}"
+    size = f"{of.mean:+.2g} ± {of.error:.1g} (standard error, {of.seeds} seeds; 95 % {interval})"
     weight = "more than the noise explains" if of.separated else f"within the noise, so {otherwise}"
     return f"seed by seed the difference is {size}, {weight}"
 
@@ -266,30 +271,35 @@ def _seeds(results: Results) -> str:
     return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
 
 
-def _notes(results: Results) -> list[str]:
-    """What the verdict leaves out: rivals of the best, the best score, diverged recipes."""
+def notes(results: Results) -> list[str]:
+    """What the verdict leaves out: rivals of the best, better scores, diverged recipes."""
     rows = summary(results)
     finite = {row.name: of.mean for row in rows if isfinite((of := row.metrics["test_nll"]).mean)}
-    notes = []
+    said = []
     if len(finite) > 1:
         best = min(finite, key=finite.__getitem__)
         to_best = {name: paired_difference(results, name, best, "test_nll") for name in finite}
         rivals = [name for name, of in to_best.items() if name != best and not of.separated]
         if all(of.seeds < 2 for of in to_best.values()):
-            notes.append("One seed separates no recipes: run at least five to see the noise.")
+            said.append("One seed separates no recipes: run at least five to see the noise.")
         elif rivals:
-            notes.append(f"Not separated from {best} in test NLL: {', '.join(rivals)}.")
+            said.append(f"Not separated from {best} in test NLL: {', '.join(rivals)}.")
         else:
-            notes.append(f"Every other recipe is separated from {best} in test NLL.")
+            said.append(f"Every other recipe is separated from {best} in test NLL.")
         score = _column(results, "test_score")
         finest = [row for row in rows if score.key in row.best]
         if best not in [row.name for row in finest]:
             shares = [f"{row.name} ({score.cell(row.metrics[score.key], ' ± ')})" for row in finest]
             unit = f" ({score.unit})" if score.unit else ""
-            notes.append(f"Highest {score.name}{unit}: {', '.join(shares)}.")
+            said.append(f"Highest {score.name}{unit}: {', '.join(shares)}.")
+    for name, (_, (difference, interval, reading)) in _differences(results):
+        if reading == "better":
+            column = _column(results, "test_score")
+            change = f"{difference} {column.unit and 'points '}(95 % interval {interval})"
+            said.append(f"Better than none in {column.name}: {name}, by {change}.")
     lost = {row.name: of for row in rows if (of := row.metrics["test_nll"]).diverged}
     shares = [f"{name} ({of.diverged} of {of.seeds} seeds)" for name, of in lost.items()]
-    return [*notes, f"Diverged: {', '.join(shares)}."] if shares else notes
+    return [*said, f"Diverged: {', '.join(shares)}."] if shares else said
 
 
 def _differences(results: Results) -> list[tuple[str, list[tuple[str, str, str]]]]:

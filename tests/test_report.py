@@ -264,6 +264,16 @@ def test_more_comparisons_widen_the_interval():
     assert margins[1] > 1.1 * margins[0]
 
 
+def test_a_run_that_was_stopped_separates_no_more_than_the_whole_one():
+    whole, stopped = synthetic_results(["none", "l2", "clip"]), synthetic_results(["none", "l2"])
+    stopped["recipes"] = whole["recipes"][:2]
+    stopped["settings"]["recipes"] = whole["settings"]["recipes"] = ["none", "l2", "clip"]
+    found, expected = (
+        report.paired_difference(of, "l2", "none", "test_nll") for of in (stopped, whole)
+    )
+    assert found == expected
+
+
 def test_seeds_are_paired_by_number_not_by_place():
     results = synthetic_results(["none", "l2"])
     expected = report.paired_difference(results, "l2", "none", "test_nll")
@@ -295,6 +305,27 @@ def test_overlapping_spreads_do_not_hide_a_paired_difference():
     for i, (a, b) in enumerate(zip(*(r["seeds"] for r in results["recipes"]), strict=True)):
         a["test_nll"], b["test_nll"] = 1.0 + i, 0.9 + i + 0.001 * (i % 2)
     assert "more than the noise explains" in report.verdict(results)
+
+
+def test_verdict_gives_the_interval_that_it_judges_by():
+    results = synthetic_results(["none", "l2"])
+    of = report.paired_difference(results, "l2", "none", "test_nll")
+    text = report.verdict(results)
+    assert f"; 95 % {of.mean - of.margin:+.2g} to {of.mean + of.margin:+.2g})" in text
+
+
+def test_verdict_calls_identical_figures_identical():
+    results = synthetic_results(["none", "l2"])
+    results["recipes"][1]["seeds"] = results["recipes"][0]["seeds"]
+    assert "they are identical" in report.verdict(results)
+
+
+def test_notes_name_the_recipes_with_a_better_score():
+    results = synthetic_results(["none", "l2"])
+    for i, (a, b) in enumerate(zip(*(r["seeds"] for r in results["recipes"]), strict=True)):
+        a["test_score"], b["test_score"] = 0.9, 0.92 + 0.001 * (i % 2)
+    assert any("Better than none in test accuracy: l2, by +2.0" in n for n in report.notes(results))
+    assert not any("Better" in n for n in report.notes(synthetic_results(["none", "l2"], noise=30)))
 
 
 def test_verdict_of_one_seed_admits_that_noise_is_unknown():
