@@ -95,9 +95,10 @@ def global_norm(tree: PyTree) -> jax.Array:
     Returns:
         A scalar: float64 where a leaf holds 64-bit floats, else float32. 0 for an empty tree.
 
-    >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
+    >>> import jax.numpy as jnp, jaxreg
+    >>> float(jaxreg.global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
     5.0
-    >>> f"{global_norm(jnp.full(4, 1e-30)):.3g}"
+    >>> f"{jaxreg.global_norm(jnp.full(4, 1e-30)):.3g}"
     '2e-30'
     """
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]

@@ -26,7 +26,8 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     Source: N. Srivastava et al., *Dropout: a simple way to prevent neural networks from
     overfitting*, JMLR 15, 2014.
 
-    >>> y = dropout(jax.random.key(0), jnp.ones(1000), 0.5)
+    >>> import jax, jax.numpy as jnp, jaxreg
+    >>> y = jaxreg.dropout(jax.random.key(0), jnp.ones(1000), 0.5)
     >>> sorted(set(y.tolist())), 450 < int((y == 0).sum()) < 550
     ([0.0, 2.0], True)
     """

@@ -35,8 +35,10 @@ def smoothed_cross_entropy(
     Source: C. Szegedy et al., *Rethinking the Inception architecture for computer vision*, CVPR
     2016.
 
-    >>> logits = jnp.array([[2.0, 0.0, 0.0]])
-    >>> [round(float(smoothed_cross_entropy(logits, jnp.array([0]), e)[0]), 6) for e in (0.0, 0.3)]
+    >>> import jax.numpy as jnp, jaxreg
+    >>> logits, labels = jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0])
+    >>> losses = [jaxreg.smoothed_cross_entropy(logits, labels, e) for e in (0.0, 0.3)]
+    >>> [round(float(loss[0]), 6) for loss in losses]
     [0.239545, 0.639545]
     """
     smoothing = _check.fraction("smoothing", smoothing)

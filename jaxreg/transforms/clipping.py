@@ -44,7 +44,8 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     Source: R. Pascanu, T. Mikolov and Y. Bengio, *On the difficulty of training recurrent neural
     networks*, ICML 2013.
 
-    >>> clip = clip_by_global_norm(1.0)
+    >>> import jax.numpy as jnp, jaxreg
+    >>> clip = jaxreg.clip_by_global_norm(1.0)
     >>> grads = {"w": jnp.array([3.0, 4.0])}
     >>> clipped, state = clip.update(grads, clip.init(grads))
     >>> [round(float(x), 6) for x in clipped["w"]], float(state.norm)

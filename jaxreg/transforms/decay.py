@@ -48,7 +48,7 @@ def weight_decay(
 
     Source: I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, ICLR 2019.
 
-    >>> import jaxreg
+    >>> import jax, jax.numpy as jnp, jaxreg, optax
     >>> tx = optax.chain(optax.sgd(0.5), jaxreg.weight_decay(0.1, rate=0.5))
     >>> params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0])}
     >>> grads = jax.tree.map(jnp.zeros_like, params)
@@ -102,7 +102,7 @@ def l2_decay(
         ValueError: where the strength is negative or NaN; at ``init`` where the selector matches
             no leaf; at ``update`` where params are missing.
 
-    >>> import jaxreg
+    >>> import jax, jax.numpy as jnp, jaxreg, optax
     >>> tx = optax.chain(jaxreg.l2_decay(0.1), optax.sgd(0.5))
     >>> w = jnp.array([2.0])
     >>> updates, _ = tx.update(jnp.array([1.0]), tx.init(w), w)

@@ -75,8 +75,8 @@ def proximal(
     Sources: N. Parikh and S. Boyd, *Proximal Algorithms*, 2014; J. Yun, A. Lozano and E. Yang,
     *Adaptive proximal gradient methods for structured neural networks*, NeurIPS 2021.
 
-    >>> import jaxreg
-    >>> tx = proximal(optax.identity(), 0.5, jaxreg.L1(1.0))
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.proximal(optax.identity(), 0.5, jaxreg.L1(1.0))
     >>> w = jnp.array([2.0, 0.25])
     >>> updates, _ = tx.update(jnp.zeros(2), tx.init(w), w)
     >>> optax.apply_updates(w, updates).tolist()
