@@ -77,6 +77,48 @@ def nonnegative(name: str, value: Any) -> Any:
     return scalar(name, value, "a finite number >= 0", lambda v: math.isfinite(v) and v >= 0)
 
 
+def finite(name: str, value: Any) -> Any:
+    """A finite scalar."""
+    return scalar(name, value, "a finite number", math.isfinite)
+
+
+def not_nan(name: str, value: Any) -> Any:
+    """A scalar, which may be infinite."""
+    return scalar(name, value, "a number, not NaN", lambda v: not math.isnan(v))
+
+
+def strengths(name: str, value: Any) -> Any:
+    """A finite scalar >= 0, or an array of them."""
+    if np.ndim(value) == 0:
+        return nonnegative(name, value)
+    return _array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
+
+
+def finite_array(name: str, value: Any) -> Any:
+    """An array of finite numbers."""
+    return _array(name, value, "an array of finite numbers", np.isfinite)
+
+
+def nonnegative_array(name: str, value: Any) -> Any:
+    """An array of finite numbers >= 0."""
+    return _array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
+
+
+def _array(name: str, value: Any, accepted: str, holds: Callable[[np.ndarray], Any]) -> Any:
+    """An array of real numbers for which `holds`, where it is concrete."""
+    array = np.asarray(value) if isinstance(value, (list, tuple, float, int)) else value
+    dtype = getattr(array, "dtype", None)
+    # bfloat16 is of kind "V" to NumPy.
+    if dtype is None or (dtype.kind not in "iuf" and dtype.name != "bfloat16"):
+        raise ArgumentError(name, describe(value), accepted)
+    if is_concrete(array):
+        numbers = np.asarray(array).astype(np.float64)
+        wrong = numbers[~holds(numbers)]
+        if wrong.size:
+            raise ArgumentError(name, f"an array that holds {wrong[0]}", accepted)
+    return array
+
+
 def positive(name: str, value: Any) -> Any:
     """A scalar > 0 (infinity allowed: a threshold that is never reached)."""
     return scalar(name, value, "a number > 0", lambda v: v > 0)

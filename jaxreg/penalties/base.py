@@ -4,13 +4,15 @@ A penalty R is an immutable object. Its numbers (strengths, bounds) are leaves o
 can be traced, differentiated and mapped over. A constraint is a penalty whose value is 0 inside
 its set and infinite outside.
 
-A concrete penalty is a dataclass under `@penalty` that writes R in the methods `_value`, `_prox`,
-`_subdiff_distance` and `_critical_multiplier`. Those see arrays of one floating dtype, float32 or
-wider, and the penalty's own numbers cast to it; everything about arguments happens here, once.
+A concrete penalty is a dataclass under `@penalty` that writes R in the methods `_value` and
+`_prox`, and where they have a direct form in `_subdiff_distance` and `_critical_multiplier`. Those
+see arrays of one floating dtype, float32 or wider, and the penalty's own numbers cast to it;
+everything about arguments happens here, once.
 """
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
@@ -21,9 +23,25 @@ from jaxreg import _check, _tree
 from jaxreg import where as _where
 
 
+def number(check: Callable[[str, Any], Any], **options: Any) -> Any:
+    """A field that holds numbers: a leaf of the pytree, checked by ``check(name, value)``.
+
+    Without this specifier a field holds one scalar >= 0.
+    """
+    return dataclasses.field(metadata={"check": check}, **options)
+
+
+def static(check: Callable[[str, Any], Any], **options: Any) -> Any:
+    """A hashable field that is part of the pytree's structure, such as axes or a count."""
+    return dataclasses.field(metadata={"check": check, "static": True}, **options)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Penalty(abc.ABC):
     r"""A penalty or constraint R on one array.
+
+    ``2 * penalty`` is another penalty, and ``a + b`` is one where the proximal operator of the sum
+    is known in closed form.
 
     Reference: N. Parikh and S. Boyd, *Proximal Algorithms*, Foundations and Trends in
     Optimization 1(3), 2014.
@@ -31,26 +49,26 @@ class Penalty(abc.ABC):
 
     convex: ClassVar[bool]
     """Whether R is convex."""
-    separable: ClassVar[bool]
-    """Whether R is a sum over coordinates, so that any elementwise step has a simple prox."""
-    sparse: ClassVar[bool]
+    separable: ClassVar[bool] = False
+    """Whether R is a sum over coordinates."""
+    sparse: ClassVar[bool] = False
     """Whether the prox gives exact zeros."""
+    elementwise_step: ClassVar[bool] = False
+    """Whether the prox takes one step a coordinate, as the metric of Adam needs."""
+    scales: ClassVar[tuple[str, ...]] = ("strength",)
+    """The fields that R is linear in, together: c R has each of them c times as large."""
 
     where: _where.Selector = dataclasses.field(
-        default=_where.kernels, kw_only=True, metadata={"static": True}
+        default=_where.kernels,
+        kw_only=True,
+        metadata={"check": lambda _, value: _where.as_selector(value), "static": True},
     )
     """The leaves of a parameter tree that the penalty is for; see `on`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "where", _where.as_selector(self.where))
         for field in dataclasses.fields(self):
-            if not field.metadata.get("static"):
-                number = self._check_number(field.name, getattr(self, field.name))
-                object.__setattr__(self, field.name, number)
-
-    @staticmethod
-    def _check_number(name: str, value: Any) -> Any:
-        return _check.nonnegative(name, value)
+            check = field.metadata.get("check", _check.nonnegative)
+            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
 
     def on(self, selector: _where.Selector | str) -> Self:
         """The same penalty for other leaves: a selector, or a path pattern.
@@ -65,75 +83,100 @@ class Penalty(abc.ABC):
         """R(x), accumulated in float32 at least.
 
         Args:
-            x: a real floating array of any shape.
+            x: a real floating array.
 
         Returns:
             A scalar.
         """
-        x = _tree.widen(_floating("x", x))
+        x = _tree.widen(self._gather("x", x))
         return self._cast(x.dtype)._value(x)
 
-    def prox(self, x: Any, step: Any = 1.0) -> jax.Array:
+    def prox(self, x: Any, step: Any = 1.0) -> Any:
         r"""The proximal operator, $\arg\min_w R(w) + \sum_i (w_i - x_i)^2 / (2 \, step_i)$.
 
+        Where R is not convex and several w attain the minimum, one of them.
+
         Args:
-            x: a real floating array of any shape.
-            step: a scalar, or an array of x's shape (the proximal operator in a diagonal
-                metric), all >= 0. Where it is 0 the result is x, or for a constraint the
-                projection of x.
+            x: a real floating array.
+            step: a scalar >= 0; or, where `elementwise_step` says so, an array of x's shape (the
+                proximal operator in a diagonal metric). Where it is 0 the result is x, or for a
+                constraint the projection of x.
 
         Returns:
             An array of x's shape and dtype, computed in float32 at least and rounded once.
         """
-        x = _floating("x", x)
-        wide = _tree.widen(x)
-        return self._cast(wide.dtype)._prox(wide, _step(step, wide)).astype(x.dtype)
+        wide = _tree.widen(self._gather("x", x))
+        result = self._scatter(self._cast(wide.dtype)._prox(wide, self._step(step, wide)), x)
+        return jax.tree.map(lambda w, leaf: w.astype(jnp.asarray(leaf).dtype), result, x)
 
-    def residual(self, x: Any, grad: Any, step: Any = 1.0) -> jax.Array:
+    def residual(self, x: Any, grad: Any, step: Any = 1.0) -> Any:
         r"""Prox-gradient residual, $(x - \mathrm{prox}(x - step \cdot grad, step)) / step$.
 
         For a smooth loss with gradient `grad` at x, it is 0 exactly where x is a stationary point
-        of loss + R. It has the units of the gradient.
+        of loss + R (for an R that is not convex: at a step below its concavity parameter). It has
+        the units of the gradient.
 
         Args:
-            x: a real floating array of any shape.
+            x: a real floating array.
             grad: the loss's gradient at x, of x's shape.
-            step: a scalar or an array of x's shape, all > 0.
+            step: as in `prox`, all > 0.
 
         Returns:
             An array of x's shape.
         """
-        x, grad = _pair(x, grad)
-        penalty, step = self._cast(x.dtype), _step(step, x)
-        return (x - penalty._prox(x - step * grad, step)) / step
+        wide, grad = self._pair(x, grad)
+        penalty, step = self._cast(wide.dtype), self._step(step, wide)
+        return self._scatter((wide - penalty._prox(wide - step * grad, step)) / step, x)
 
-    def subdiff_distance(self, x: Any, grad: Any) -> jax.Array:
+    def subdiff_distance(self, x: Any, grad: Any) -> Any:
         r"""Distance of $-grad$ to the subdifferential $\partial R(x)$, for each coordinate.
 
         0 everywhere exactly where x is a stationary point of loss + R; infinite at a coordinate
-        that violates a constraint.
+        that violates a constraint. Its Euclidean norm is the distance of the whole.
 
         Args:
-            x: a real floating array of any shape.
+            x: a real floating array.
             grad: the loss's gradient at x, of x's shape.
 
         Returns:
             An array of x's shape.
+
+        Raises:
+            ValueError: where R is neither separable nor a sum over disjoint groups.
         """
-        x, grad = _pair(x, grad)
-        return self._cast(x.dtype)._subdiff_distance(x, grad)
+        wide, grad = self._pair(x, grad)
+        return self._scatter(self._cast(wide.dtype)._subdiff_distance(wide, grad), x)
 
     def critical_multiplier(self, grad_at_zero: Any) -> jax.Array:
         r"""The smallest c at which x = 0 minimizes loss + c R: where regularization paths start.
 
         Args:
-            grad_at_zero: the loss's gradient at x = 0, of any shape.
+            grad_at_zero: the loss's gradient at x = 0.
 
         Returns:
             A scalar; infinity where no multiple of R makes 0 a minimizer.
+
+        Raises:
+            ValueError: where R is not convex.
         """
-        grad = _tree.widen(_floating("grad_at_zero", grad_at_zero))
+        grad = _tree.widen(self._gather("grad_at_zero", grad_at_zero))
         return self._cast(grad.dtype)._critical_multiplier(grad)
+
+    def __mul__(self, multiplier: Any) -> "Penalty":
+        return self._times(_check.nonnegative("multiplier", multiplier))
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # so that a NumPy number leaves the product to `__rmul__`
+
+    def __add__(self, other: Any) -> "Penalty":
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        from jaxreg.penalties import algebra  # which imports every penalty
+
+        return algebra.add(self, other)
+
+    # What a concrete penalty writes. x, grad and step are arrays of one floating dtype, step a
+    # scalar or of x's shape.
 
     @abc.abstractmethod
     def _value(self, x: jax.Array) -> jax.Array: ...
@@ -141,44 +184,100 @@ class Penalty(abc.ABC):
     @abc.abstractmethod
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array: ...
 
-    @abc.abstractmethod
-    def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array: ...
+    def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
+        raise _check.ArgumentError(
+            "penalty",
+            f"{type(self).__name__}, whose subdifferential has no direct form",
+            "a penalty that is separable or of disjoint groups; residual(x, grad, step) is 0 at "
+            "stationary points of any",
+        )
 
-    @abc.abstractmethod
-    def _critical_multiplier(self, grad: jax.Array) -> jax.Array: ...
+    def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
+        raise _check.ArgumentError(
+            "penalty", f"{type(self).__name__}, which is not convex", "a convex penalty"
+        )
+
+    def _times(self, multiplier: Any) -> "Penalty":
+        scaled = {name: multiplier * getattr(self, name) for name in self.scales}
+        return dataclasses.replace(self, **scaled)
+
+    def _gather(self, name: str, x: Any) -> jax.Array:
+        """The one array that R works on."""
+        return _floating(name, x)
+
+    def _scatter(self, array: jax.Array, x: Any) -> Any:
+        """The inverse of `_gather`: the array in the structure of x."""
+        return array
+
+    def _pair(self, x: Any, grad: Any) -> tuple[jax.Array, jax.Array]:
+        x, grad = _tree.widen(self._gather("x", x)), self._gather("grad", grad)
+        if grad.shape != x.shape:
+            raise _check.ArgumentError(
+                "grad", _check.describe(grad), f"an array of x's shape {x.shape}"
+            )
+        return x, grad.astype(x.dtype)
+
+    def _step(self, step: Any, x: jax.Array) -> jax.Array:
+        if _check.is_host(step) and not (np.asarray(step) >= 0).all():
+            raise _check.ArgumentError("step", _check.describe(step), "numbers >= 0")
+        array = jnp.asarray(step) if not isinstance(step, dict) else self._gather("step", step)
+        complex_ = jnp.issubdtype(array.dtype, jnp.complexfloating)
+        if array.shape != () and not self.elementwise_step:
+            raise _check.ArgumentError(
+                "step",
+                _check.describe(array),
+                f"a scalar: {type(self).__name__} has no closed form in a diagonal metric, such "
+                "as Adam's; use a direction with one gain for the whole leaf, such as momentum's",
+            )
+        if array.shape not in ((), x.shape) or complex_:
+            accepted = f"a real scalar or an array of x's shape {x.shape}"
+            raise _check.ArgumentError("step", _check.describe(array), accepted)
+        return array.astype(x.dtype)
 
     def _cast(self, dtype: Any) -> Self:
         return jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), self)
 
     def __repr__(self) -> str:
-        numbers = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "where"]
+        shown = []
+        for field in dataclasses.fields(self):
+            text = repr(getattr(self, field.name))
+            if field.default is dataclasses.MISSING:
+                shown.append(text)
+            elif field.name != "where" and text != repr(field.default):
+                shown.append(f"{field.name}={text}")
         on = "" if self.where == _where.kernels else f".on({self.where!r})"
-        return f"{type(self).__name__}({', '.join(map(repr, numbers))}){on}"
+        return f"{type(self).__name__}({', '.join(shown)}){on}"
 
 
 _P = TypeVar("_P", bound=Penalty)
 
 
-@dataclass_transform(frozen_default=True, eq_default=False)
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, static))
 def penalty(cls: type[_P]) -> type[_P]:
     """Makes a subclass of `Penalty` a frozen dataclass and a pytree of its numbers."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    numbers = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
+    fields = dataclasses.fields(cls)
+    numbers = [f.name for f in fields if not f.metadata.get("static")]
+    structure = [f.name for f in fields if f.metadata.get("static")]
 
-    def flatten_with_keys(self: _P) -> tuple[list[tuple[Any, Any]], _where.Selector]:
+    def flatten_with_keys(self: _P) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         keyed = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in numbers]
-        return keyed, self.where
+        return keyed, tuple(getattr(self, name) for name in structure)
 
-    def unflatten(selector: _where.Selector, leaves: Any) -> _P:
+    def flatten(self: _P) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(self, n) for n in numbers], tuple(getattr(self, n) for n in structure)
+
+    def unflatten(values: tuple[Any, ...], leaves: Any) -> _P:
         # Not through __init__: what a transformation puts in a leaf's place (a tracer, a batch of
         # strengths, None) is not for a check of arguments to judge.
         self = object.__new__(cls)
         for name, leaf in zip(numbers, leaves, strict=True):
             object.__setattr__(self, name, leaf)
-        object.__setattr__(self, "where", selector)
+        for name, value in zip(structure, values, strict=True):
+            object.__setattr__(self, name, value)
         return self
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 
@@ -191,21 +290,3 @@ def _floating(name: str, x: Any) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise _check.ArgumentError(name, _check.describe(array), "a real floating array")
     return array
-
-
-def _step(step: Any, x: jax.Array) -> jax.Array:
-    if _check.is_host(step) and not (np.asarray(step) >= 0).all():
-        raise _check.ArgumentError("step", _check.describe(step), "numbers >= 0")
-    array = jnp.asarray(step)
-    if array.shape not in ((), x.shape) or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise _check.ArgumentError(
-            "step", _check.describe(array), f"a real scalar or an array of x's shape {x.shape}"
-        )
-    return array.astype(x.dtype)
-
-
-def _pair(x: Any, grad: Any) -> tuple[jax.Array, jax.Array]:
-    x, grad = _tree.widen(_floating("x", x)), _floating("grad", grad)
-    if grad.shape != x.shape:
-        raise _check.ArgumentError("grad", _check.describe(grad), f"an array of shape {x.shape}")
-    return x, grad.astype(x.dtype)
