@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxreg import groups as groups
     from jaxreg import where as where
     from jaxreg._check import ArgumentError as ArgumentError
     from jaxreg._tree import global_norm as global_norm
@@ -12,12 +13,37 @@ if TYPE_CHECKING:
     from jaxreg.optimizers import prox_adam as prox_adam
     from jaxreg.optimizers import prox_sgd as prox_sgd
     from jaxreg.optimizers import regularize as regularize
+    from jaxreg.penalties import L0 as L0
     from jaxreg.penalties import L1 as L1
     from jaxreg.penalties import L2 as L2
+    from jaxreg.penalties import MCP as MCP
+    from jaxreg.penalties import NM as NM
+    from jaxreg.penalties import SCAD as SCAD
+    from jaxreg.penalties import Affine as Affine
     from jaxreg.penalties import Box as Box
     from jaxreg.penalties import ElasticNet as ElasticNet
+    from jaxreg.penalties import ExclusiveLasso as ExclusiveLasso
+    from jaxreg.penalties import GroupLasso as GroupLasso
+    from jaxreg.penalties import GroupMCP as GroupMCP
+    from jaxreg.penalties import GroupSCAD as GroupSCAD
+    from jaxreg.penalties import HalfSpace as HalfSpace
+    from jaxreg.penalties import Huber as Huber
+    from jaxreg.penalties import L1Ball as L1Ball
+    from jaxreg.penalties import L2Ball as L2Ball
+    from jaxreg.penalties import L2Norm as L2Norm
+    from jaxreg.penalties import LHalf as LHalf
+    from jaxreg.penalties import LInf as LInf
+    from jaxreg.penalties import LInfBall as LInfBall
+    from jaxreg.penalties import LogSum as LogSum
+    from jaxreg.penalties import LTwoThirds as LTwoThirds
+    from jaxreg.penalties import MaxNorm as MaxNorm
     from jaxreg.penalties import NonNegative as NonNegative
+    from jaxreg.penalties import NonNegativeL1 as NonNegativeL1
     from jaxreg.penalties import Penalty as Penalty
+    from jaxreg.penalties import Simplex as Simplex
+    from jaxreg.penalties import SparseGroupLasso as SparseGroupLasso
+    from jaxreg.penalties import TopK as TopK
+    from jaxreg.penalties import UnitNorm as UnitNorm
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
     from jaxreg.transforms import l2_decay as l2_decay
     from jaxreg.transforms import metric as metric
@@ -30,15 +56,41 @@ __version__ = "0.1.0"
 # `import jaxreg` costs next to nothing and needs no optional dependency.
 _HOMES = {
     "ArgumentError": "jaxreg._check",
+    "L0": "jaxreg.penalties",
     "L1": "jaxreg.penalties",
     "L2": "jaxreg.penalties",
+    "MCP": "jaxreg.penalties",
+    "NM": "jaxreg.penalties",
+    "SCAD": "jaxreg.penalties",
+    "Affine": "jaxreg.penalties",
     "Box": "jaxreg.penalties",
     "ElasticNet": "jaxreg.penalties",
+    "ExclusiveLasso": "jaxreg.penalties",
+    "GroupLasso": "jaxreg.penalties",
+    "GroupMCP": "jaxreg.penalties",
+    "GroupSCAD": "jaxreg.penalties",
+    "HalfSpace": "jaxreg.penalties",
+    "Huber": "jaxreg.penalties",
+    "L1Ball": "jaxreg.penalties",
+    "L2Ball": "jaxreg.penalties",
+    "L2Norm": "jaxreg.penalties",
+    "LHalf": "jaxreg.penalties",
+    "LInf": "jaxreg.penalties",
+    "LInfBall": "jaxreg.penalties",
+    "LTwoThirds": "jaxreg.penalties",
+    "LogSum": "jaxreg.penalties",
+    "MaxNorm": "jaxreg.penalties",
     "NonNegative": "jaxreg.penalties",
+    "NonNegativeL1": "jaxreg.penalties",
     "Penalty": "jaxreg.penalties",
+    "Simplex": "jaxreg.penalties",
+    "SparseGroupLasso": "jaxreg.penalties",
+    "TopK": "jaxreg.penalties",
+    "UnitNorm": "jaxreg.penalties",
     "clip_by_global_norm": "jaxreg.transforms",
     "dropout": "jaxreg.noise",
     "global_norm": "jaxreg._tree",
+    "groups": "jaxreg.groups",
     "l2_decay": "jaxreg.transforms",
     "metric": "jaxreg.transforms.metric",
     "prox_adam": "jaxreg.optimizers",

@@ -104,6 +104,11 @@ def nonnegative_array(name: str, value: Any) -> Any:
     return _array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
 
 
+def weights(name: str, value: Any) -> Any:
+    """None, a finite scalar >= 0, or an array of them."""
+    return None if value is None else strengths(name, value)
+
+
 def _array(name: str, value: Any, accepted: str, holds: Callable[[np.ndarray], Any]) -> Any:
     """An array of real numbers for which `holds`, where it is concrete."""
     array = np.asarray(value) if isinstance(value, (list, tuple, float, int)) else value
@@ -124,6 +129,16 @@ def positive(name: str, value: Any) -> Any:
     return scalar(name, value, "a number > 0", lambda v: v > 0)
 
 
+def positive_finite(name: str, value: Any) -> Any:
+    """A finite scalar > 0."""
+    return scalar(name, value, "a finite number > 0", lambda v: math.isfinite(v) and v > 0)
+
+
+def above_one(name: str, value: Any) -> Any:
+    """A finite scalar > 1."""
+    return scalar(name, value, "a finite number > 1", lambda v: math.isfinite(v) and v > 1)
+
+
 def fraction(name: str, value: Any) -> Any:
     """A scalar in [0, 1), such as a dropout rate."""
     return scalar(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -140,6 +155,21 @@ def whole_number(name: str, value: Any, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
         raise ArgumentError(name, describe(value), accepted)
     return int(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(name, describe(value), "an integer")
+    return int(value)
+
+
+def axis(name: str, value: int, x: Any) -> int:
+    """An axis that x has, counted from 0."""
+    if not -x.ndim <= value < x.ndim:
+        accepted = f"an axis of x, which has the shape {tuple(x.shape)}"
+        raise ArgumentError(name, repr(value), accepted)
+    return value % x.ndim
 
 
 def is_transformation(value: Any) -> bool:

@@ -55,8 +55,9 @@ class Penalty(abc.ABC):
     """Whether the prox gives exact zeros."""
     elementwise_step: ClassVar[bool] = False
     """Whether the prox takes one step a coordinate, as the metric of Adam needs."""
-    scales: ClassVar[tuple[str, ...]] = ("strength",)
-    """The fields that R is linear in, together: c R has each of them c times as large."""
+    scales: ClassVar[tuple[str, ...] | None] = ("strength",)
+    """The fields that R is linear in, together: c R has each of them c times as large. Empty for a
+    constraint; None where c R is of another form."""
 
     where: _where.Selector = dataclasses.field(
         default=_where.kernels,
@@ -163,17 +164,17 @@ class Penalty(abc.ABC):
         return self._cast(grad.dtype)._critical_multiplier(grad)
 
     def __mul__(self, multiplier: Any) -> "Penalty":
-        return self._times(_check.nonnegative("multiplier", multiplier))
+        from jaxreg.penalties import algebra  # which imports the penalties
+
+        return algebra.multiply(self, _check.nonnegative("multiplier", multiplier))
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # so that a NumPy number leaves the product to `__rmul__`
 
     def __add__(self, other: Any) -> "Penalty":
-        if not isinstance(other, Penalty):
-            return NotImplemented
-        from jaxreg.penalties import algebra  # which imports every penalty
+        from jaxreg.penalties import algebra
 
-        return algebra.add(self, other)
+        return algebra.add(self, other) if isinstance(other, Penalty) else NotImplemented
 
     # What a concrete penalty writes. x, grad and step are arrays of one floating dtype, step a
     # scalar or of x's shape.
@@ -196,10 +197,6 @@ class Penalty(abc.ABC):
         raise _check.ArgumentError(
             "penalty", f"{type(self).__name__}, which is not convex", "a convex penalty"
         )
-
-    def _times(self, multiplier: Any) -> "Penalty":
-        scaled = {name: multiplier * getattr(self, name) for name in self.scales}
-        return dataclasses.replace(self, **scaled)
 
     def _gather(self, name: str, x: Any) -> jax.Array:
         """The one array that R works on."""

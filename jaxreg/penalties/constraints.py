@@ -35,7 +35,7 @@ class Constraint(Penalty):
         return jnp.where(jnp.all(self._contains(x)), jnp.zeros((), x.dtype), jnp.inf)
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return self._project(x, _positive(step))
+        return self._project(x, positive_step(step))
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         if not self.convex:
@@ -45,7 +45,7 @@ class Constraint(Penalty):
         return jnp.where(stays, jnp.zeros((), grad.dtype), jnp.inf)
 
 
-def _positive(step: jax.Array) -> jax.Array:
+def positive_step(step: jax.Array) -> jax.Array:
     """Steps that can be divided by: a coordinate of step 0 moves where no other one can."""
     if step.ndim == 0:
         return step

@@ -1,0 +1,144 @@
+r"""Constraints on how many coordinates are not zero; none is convex.
+
+In the metric of an elementwise step the coordinates that matter most are those with the largest
+$x_i^2 / step_i$.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check
+from jaxreg.penalties.base import penalty, static
+from jaxreg.penalties.constraints import Constraint
+
+Array = jax.Array
+
+
+def _count(name: str, value: Any) -> int:
+    return _check.whole_number(name, value, at_least=0)
+
+
+def _positive_count(name: str, value: Any) -> int:
+    return _check.whole_number(name, value, at_least=1)
+
+
+@penalty
+class TopK(Constraint):
+    r"""At most k nonzero coordinates in the whole array.
+
+    Its prox keeps the k largest $|x_i|$, of equal ones the first, and zeros the rest. The k-th
+    largest is found bit by bit, by counting: each pass over the array is one all-reduce of a number
+    under sharding. Source: T. Blumensath and M. Davies, *Iterative hard thresholding for compressed
+    sensing*, Applied and Computational Harmonic Analysis 27(3), 2009.
+
+    Args:
+        k: a whole number >= 0; where it is larger than x, all of x is kept.
+
+    Raises:
+        ValueError: where k is negative or no whole number.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> jaxreg.TopK(2).prox(jnp.array([0.5, -2.0, 1.0, 1.0])).tolist()
+    [0.0, -2.0, 1.0, 0.0]
+    """
+
+    convex, sparse, elementwise_step = False, True, True
+
+    k: int = static(_count)
+
+    def _contains(self, x: Array) -> Array:
+        return jnp.sum(x != 0) <= self.k
+
+    def _project(self, x: Array, step: Array) -> Array:
+        if self.k >= x.size:
+            return x
+        size = jax.lax.stop_gradient(_importance(x, step))
+        return jnp.where(_largest(size.ravel(), self.k).reshape(x.shape), x, 0)
+
+
+@penalty
+class NM(Constraint):
+    r"""n:m sparsity: at most n nonzero coordinates in each block of m along an axis, such as 2:4.
+
+    Its prox keeps the n largest $|x_i|$ of each block, of equal ones the first. Source: A. Zhou et
+    al., *Learning N:M fine-grained structured sparse neural networks from scratch*, ICLR 2021.
+
+    Args:
+        n: a whole number from 0 to m.
+        m: a whole number >= 1, a divisor of the axis' length.
+        axis: along which the blocks lie; by default the input axis of a Flax kernel.
+
+    Raises:
+        ValueError: where n > m, m does not divide the axis, or x has no such axis.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> jaxreg.NM(2, 4, axis=0).prox(jnp.array([0.5, -2.0, 1.0, 1.0])).tolist()
+    [0.0, -2.0, 1.0, 0.0]
+    """
+
+    convex, sparse, elementwise_step = False, True, True
+
+    n: int = static(_count)
+    m: int = static(_positive_count)
+    axis: int = static(_check.integer, default=-2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n > self.m:
+            raise _check.ArgumentError("n", repr(self.n), f"a whole number <= m = {self.m}")
+
+    def _blocks(self, x: Array) -> tuple[Array, int]:
+        """X with the axis split into blocks of m, and where their own axis is."""
+        axis = _check.axis("axis", self.axis, x)
+        if x.shape[axis] % self.m:
+            accepted = f"a divisor of {x.shape[axis]}, the length of axis {self.axis}"
+            raise _check.ArgumentError("m", repr(self.m), accepted)
+        shape = (*x.shape[:axis], x.shape[axis] // self.m, self.m, *x.shape[axis + 1 :])
+        return x.reshape(shape), axis + 1
+
+    def _contains(self, x: Array) -> Array:
+        blocks, axis = self._blocks(x)
+        return jnp.sum(blocks != 0, axis) <= self.n
+
+    def _project(self, x: Array, step: Array) -> Array:
+        size, axis = self._blocks(jax.lax.stop_gradient(_importance(x, step)))
+        position = jnp.arange(self.m).reshape([-1 if i == axis else 1 for i in range(size.ndim)])
+        rank = jnp.zeros(size.shape, jnp.int32)
+        for j in range(self.m):
+            other = jax.lax.slice_in_dim(size, j, j + 1, axis=axis)
+            rank += ((other > size) | ((other == size) & (j < position))).astype(jnp.int32)
+        return jnp.where((rank < self.n).reshape(x.shape), x, 0)
+
+
+def _importance(x: Array, step: Array) -> Array:
+    r"""What zeroing a coordinate costs, up to monotone maps: $|x| / \sqrt{step}$."""
+    return jnp.abs(x) if step.ndim == 0 else jnp.abs(x) / jnp.sqrt(step)
+
+
+def _largest(size: Array, k: int) -> Array:
+    """Which k numbers of a vector >= 0 are the largest, of equal ones the first.
+
+    The bits of floats >= 0, read as integers, have the order of the floats. The largest integer
+    that k numbers reach is built from its highest bit down.
+    """
+    wide = size.dtype == jnp.float64
+    unsigned = jnp.uint64 if wide else jnp.uint32
+    keys = jax.lax.bitcast_convert_type(size, unsigned)
+    one = jnp.ones((), unsigned)
+
+    def next_bit(i: Array, threshold: Array) -> Array:
+        bit = one << (jnp.asarray(62 if wide else 30, unsigned) - i.astype(unsigned))
+        reached = jnp.sum(keys >= (threshold | bit), dtype=jnp.int32) >= k
+        return jnp.where(reached, threshold | bit, threshold)
+
+    threshold = jax.lax.fori_loop(0, 63 if wide else 31, next_bit, jnp.zeros((), unsigned))
+    above, equal = keys > threshold, keys == threshold
+    wanted = k - jnp.sum(above, dtype=jnp.int32)
+
+    def first_of_equal() -> Array:
+        return equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted)
+
+    all_fit = jnp.sum(equal, dtype=jnp.int32) == wanted
+    return above | jax.lax.cond(all_fit, lambda: equal, first_of_equal)

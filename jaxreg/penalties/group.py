@@ -1,0 +1,330 @@
+r"""Group penalties: each group of coordinates is zero as a whole or not at all.
+
+They are sums over disjoint groups of a function of the group's Euclidean norm. How the groups are
+chosen is in `jaxreg.groups`. A group of n coordinates has the weight $\sqrt{n}$ unless weights are
+given, so that groups of all sizes vanish at comparable gradients.
+
+A group's norm is over the whole group, so under sharding along a group's own axes one all-reduce
+adds up a number a group; there is no other collective.
+"""
+
+import abc
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check
+from jaxreg import groups as _groups
+from jaxreg.groups import Grouping, Groups
+from jaxreg.penalties.base import Penalty, number, penalty, static
+from jaxreg.penalties.nonconvex import (
+    mcp_prox,
+    mcp_slope,
+    mcp_value,
+    scad_prox,
+    scad_slope,
+    scad_value,
+)
+from jaxreg.penalties.secular import secular_root
+from jaxreg.penalties.separable import ratio, soft_threshold
+
+Array = jax.Array
+Number = float | Array
+
+
+class _SumOfNorms(Penalty):
+    r"""$R(x) = \sum_g a_g \|x_g\|_2$."""
+
+    convex, sparse, elementwise_step = True, True, True
+
+    @abc.abstractmethod
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        """The groups of x, and the strength a of each."""
+
+    def _value(self, x: Array) -> Array:
+        groups, a = self._strengths(x)
+        return jnp.sum(a * groups.norm(x))
+
+    def _prox(self, x: Array, step: Array) -> Array:
+        groups, a = self._strengths(x)
+        return group_soft_threshold(x, step, groups, a)
+
+    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
+        groups, a = self._strengths(x)
+        return radial_distance(x, grad, groups, a)
+
+    def _critical_multiplier(self, grad: Array) -> Array:
+        groups, a = self._strengths(grad)
+        return jnp.max(ratio(groups.norm(grad), a), initial=0)
+
+
+@penalty
+class GroupLasso(_SumOfNorms):
+    r"""The group lasso, $R(x) = s \sum_g w_g \|x_g\|_2$: whole groups become exactly zero.
+
+    For a scalar step its prox is $x_g \max(1 - step \cdot s w_g / \|x_g\|, 0)$. For a step a
+    coordinate, $x_i \theta / (\theta + step_i s w_g)$ with $\theta = \|w_g\|$ the root of $\sum_i
+    x_i^2 / (\theta + step_i s w_g)^2 = 1$, and 0 where $\|x_g / step\| \le s w_g$. Source: M. Yuan
+    and Y. Lin, *Model selection and estimation in regression with grouped variables*, JRSS B
+    68(1), 2006.
+
+    Args:
+        strength: s, a number >= 0, or a traced scalar.
+        groups: from `jaxreg.groups`; by default the incoming weights of each unit of a kernel.
+        weights: w, one number >= 0 for each group in the order of the groups, or one for all; by
+            default the square root of the group's size.
+
+    Raises:
+        ValueError: where the strength or a weight is negative, infinite or NaN, or the groups or
+            weights do not fit x's shape.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> kernel = jnp.array([[3.0, 0.1], [4.0, 0.1]])
+    >>> jaxreg.GroupLasso(1.0, weights=2.5).prox(kernel).tolist()
+    [[1.5, 0.0], [2.0, 0.0]]
+    """
+
+    strength: Number
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
+    weights: Array | None = number(_check.weights, default=None, kw_only=True)
+
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        groups = self.groups.of(x.shape)
+        return groups, self.strength * group_weights(self.weights, groups, x)
+
+
+@penalty
+class L2Norm(_SumOfNorms):
+    r"""The L2 norm of the whole array, not squared: $R(x) = s \|x\|_2$.
+
+    The array becomes exactly zero as a whole, or is scaled by $1 - step \cdot s / \|x\|$. Source:
+    N. Parikh and S. Boyd, *Proximal Algorithms*, 2014, section 6.5.1.
+
+    Args:
+        strength: s, a number >= 0, or a traced scalar.
+
+    Raises:
+        ValueError: where the strength is negative, infinite, NaN or no scalar.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> jaxreg.L2Norm(2.5).prox(jnp.array([3.0, 4.0])).tolist()
+    [1.5, 2.0]
+    """
+
+    strength: Number
+
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        return _groups.whole.of(x.shape), jnp.broadcast_to(self.strength, (1,) * x.ndim)
+
+
+@penalty
+class SparseGroupLasso(Penalty):
+    r"""The sparse group lasso, $R(x) = l_1 \|x\|_1 + s \sum_g w_g \|x_g\|_2$.
+
+    Whole groups become zero, and single coordinates within the others. Its prox is the soft
+    threshold at $step \cdot l_1$, then the prox of the group lasso. Source: N. Simon, J. Friedman,
+    T. Hastie and R. Tibshirani, *A sparse-group lasso*, JCGS 22(2), 2013.
+
+    Args:
+        l1: strength of the L1 part, a number >= 0, or a traced scalar.
+        group: s, strength of the group part, likewise.
+        groups: as in `GroupLasso`.
+        weights: as in `GroupLasso`.
+
+    Raises:
+        ValueError: where a number is negative, infinite or NaN, or the groups or weights do not
+            fit x's shape.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> kernel = jnp.array([[4.0, 0.1], [5.0, 2.0], [0.5, 0.0]])
+    >>> jaxreg.SparseGroupLasso(1.0, 2.5, weights=1.0).prox(kernel).tolist()
+    [[1.5, 0.0], [2.0, 0.0], [0.0, 0.0]]
+    """
+
+    convex, sparse, elementwise_step, scales = True, True, True, ("l1", "group")
+
+    l1: Number
+    group: Number
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
+    weights: Array | None = number(_check.weights, default=None, kw_only=True)
+
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        groups = self.groups.of(x.shape)
+        return groups, self.group * group_weights(self.weights, groups, x)
+
+    def _value(self, x: Array) -> Array:
+        groups, a = self._strengths(x)
+        return self.l1 * jnp.sum(jnp.abs(x)) + jnp.sum(a * groups.norm(x))
+
+    def _prox(self, x: Array, step: Array) -> Array:
+        groups, a = self._strengths(x)
+        return group_soft_threshold(soft_threshold(x, step * self.l1), step, groups, a)
+
+    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
+        groups, a = self._strengths(x)
+        zero = groups.spread(groups.norm(x)) == 0
+        # In a zero group the distance is that of the soft threshold to the ball of radius a; in
+        # the others the L1 part is settled coordinate by coordinate.
+        rest = soft_threshold(grad, jnp.broadcast_to(self.l1, x.shape))
+        signed = jnp.where(x == 0, rest, grad + self.l1 * jnp.sign(x))
+        return radial_distance(x, jnp.where(zero, rest, signed), groups, a)
+
+    def _critical_multiplier(self, grad: Array) -> Array:
+        r"""The largest root over the groups of $\|soft(g, c l_1)\| = c a$, by Newton's method.
+
+        $\|soft(g, c l_1)\| - c a$ is convex and falls with c: from 0 it is never overshot.
+        """
+        groups, a = self._strengths(grad)
+
+        def newton(c: Array) -> Array:
+            rest = jnp.maximum(jnp.abs(grad) - self.l1 * groups.spread(c), 0)
+            norm = groups.norm(rest)
+            fall = a + self.l1 * groups.sum(rest) / jnp.where(norm > 0, norm, 1)
+            rise = ratio(jnp.maximum(norm - c * a, 0), fall)
+            return c + rise
+
+        def go_on(state: tuple[Array, Array, Array]) -> Array:
+            count, before, c = state
+            return (count < 100) & jnp.any(c > before)
+
+        zero = jnp.zeros_like(groups.norm(grad))
+        start = (jnp.zeros((), jnp.int32), zero - 1, zero)
+        step = lambda state: (state[0] + 1, state[2], newton(state[2]))  # noqa: E731
+        _, _, c = jax.lax.while_loop(go_on, step, start)
+        return jnp.max(c, initial=0)
+
+
+@penalty
+class GroupMCP(Penalty):
+    r"""The minimax concave penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
+
+    r is that of `MCP`. Its prox scales each group so that its norm becomes the prox of MCP at it.
+    Source: J. Huang, P. Breheny and S. Ma, *A selective review of group selection in
+    high-dimensional models*, Statistical Science 27(4), 2012.
+
+    Args:
+        strength: s, a number >= 0, or a traced scalar.
+        gamma: how slowly the slope falls off, a number > 0, or a traced scalar.
+        groups: as in `GroupLasso`.
+        weights: as in `GroupLasso`.
+
+    Raises:
+        ValueError: where a number is out of its range, or the groups or weights do not fit x.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> kernel = jnp.array([[3.0, 0.1], [4.0, 0.1]])
+    >>> jaxreg.GroupMCP(1.0, gamma=2.0, weights=1.0).prox(kernel).tolist()
+    [[3.0, 0.0], [4.0, 0.0]]
+    """
+
+    convex, sparse, scales = False, True, None
+
+    strength: Number
+    gamma: Number = number(_check.positive_finite, default=3.0)
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
+    weights: Array | None = number(_check.weights, default=None, kw_only=True)
+
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        groups = self.groups.of(x.shape)
+        return groups, self.strength * group_weights(self.weights, groups, x)
+
+    def _value(self, x: Array) -> Array:
+        groups, a = self._strengths(x)
+        return jnp.sum(mcp_value(groups.norm(x), a, self.gamma))
+
+    def _prox(self, x: Array, step: Array) -> Array:
+        groups, a = self._strengths(x)
+        norm = groups.norm(x)
+        return _rescaled(x, norm, mcp_prox(norm, step, a, self.gamma), groups)
+
+    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
+        groups, a = self._strengths(x)
+        return radial_distance(x, grad, groups, mcp_slope(groups.norm(x), a, self.gamma))
+
+
+@penalty
+class GroupSCAD(Penalty):
+    r"""The SCAD penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
+
+    r is that of `SCAD`. Its prox scales each group so that its norm becomes the prox of SCAD at
+    it. Source: L. Wang, G. Chen and H. Li, *Group SCAD regression analysis for microarray time
+    course gene expression data*, Bioinformatics 23(12), 2007.
+
+    Args:
+        strength: s, a number >= 0, or a traced scalar.
+        a: where r becomes constant, in units of s w_g: a number > 1, or a traced scalar.
+        groups: as in `GroupLasso`.
+        weights: as in `GroupLasso`.
+
+    Raises:
+        ValueError: where a number is out of its range, or the groups or weights do not fit x.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> kernel = jnp.array([[3.0, 0.1], [4.0, 0.1]])
+    >>> jaxreg.GroupSCAD(1.0, weights=1.0).prox(kernel).tolist()
+    [[3.0, 0.0], [4.0, 0.0]]
+    """
+
+    convex, sparse, scales = False, True, None
+
+    strength: Number
+    a: Number = number(_check.above_one, default=3.7)
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
+    weights: Array | None = number(_check.weights, default=None, kw_only=True)
+
+    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
+        groups = self.groups.of(x.shape)
+        return groups, self.strength * group_weights(self.weights, groups, x)
+
+    def _value(self, x: Array) -> Array:
+        groups, strengths = self._strengths(x)
+        return jnp.sum(scad_value(groups.norm(x), strengths, self.a))
+
+    def _prox(self, x: Array, step: Array) -> Array:
+        groups, strengths = self._strengths(x)
+        norm = groups.norm(x)
+        return _rescaled(x, norm, scad_prox(norm, step, strengths, self.a), groups)
+
+    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
+        groups, strengths = self._strengths(x)
+        return radial_distance(x, grad, groups, scad_slope(groups.norm(x), strengths, self.a))
+
+
+def group_weights(weights: Array | None, groups: Grouping, x: Array) -> Array:
+    """The weight of each group: as given, or the square root of its size."""
+    if weights is None:
+        return jnp.sqrt(jnp.asarray(groups.sizes, x.dtype))
+    return jnp.broadcast_to(groups.figures("weights", weights), groups.sizes.shape)
+
+
+def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> Array:
+    """The prox of the sum of a |x_g| over groups, for a scalar or an elementwise step."""
+    norm = groups.norm(x)
+    if step.ndim == 0:
+        return _rescaled(x, norm, jnp.maximum(norm - step * a, 0), groups)
+    pull = step * groups.spread(a)
+    # |x / pull| <= 1 without dividing by a pull of 0; the comparison has no derivative.
+    z, p = jax.lax.stop_gradient((x, pull))
+    inside = groups.sum(jnp.square(jnp.where(z == 0, 0, z / jnp.where(z == 0, 1, p)))) <= 1
+    zero = inside | (norm == 0)
+    # A zero group gets an equation that has a root, and its result is not used.
+    z = jnp.where(groups.spread(zero), jnp.ones_like(x), x)
+    pull = jnp.where(groups.spread(zero), jnp.zeros_like(x), pull)
+    one = jnp.ones((), x.dtype)
+    theta = groups.spread(secular_root(z, pull, one, one, groups))
+    return jnp.where(groups.spread(zero), 0, x * (theta / (theta + pull)))
+
+
+def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Array:
+    """`subdiff_distance` of a function of each group's norm that has this slope there."""
+    norm, size = groups.norm(x), groups.norm(grad)
+    outward = x / groups.spread(jnp.where(norm > 0, norm, 1))
+    at_zero = jnp.abs(grad) * groups.spread(ratio(jnp.maximum(size - slope, 0), size))
+    return jnp.where(
+        groups.spread(norm) == 0, at_zero, jnp.abs(grad + groups.spread(slope) * outward)
+    )
+
+
+def _rescaled(x: Array, norm: Array, new_norm: Array, groups: Grouping) -> Array:
+    """X with each group's norm made the new one."""
+    return x * groups.spread(jnp.where(norm > 0, new_norm / jnp.where(norm > 0, norm, 1), 0))
