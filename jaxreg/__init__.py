@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxreg._tree import global_norm as global_norm
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
+    from jaxreg.optimality import certificate as certificate
     from jaxreg.optimizers import prox_adam as prox_adam
     from jaxreg.optimizers import prox_sgd as prox_sgd
     from jaxreg.optimizers import regularize as regularize
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from jaxreg.penalties import Box as Box
     from jaxreg.penalties import ElasticNet as ElasticNet
     from jaxreg.penalties import ExclusiveLasso as ExclusiveLasso
+    from jaxreg.penalties import FusedLasso as FusedLasso
     from jaxreg.penalties import GroupLasso as GroupLasso
     from jaxreg.penalties import GroupMCP as GroupMCP
     from jaxreg.penalties import GroupSCAD as GroupSCAD
     from jaxreg.penalties import HalfSpace as HalfSpace
     from jaxreg.penalties import Huber as Huber
+    from jaxreg.penalties import Joint as Joint
     from jaxreg.penalties import L1Ball as L1Ball
     from jaxreg.penalties import L2Ball as L2Ball
     from jaxreg.penalties import L2Norm as L2Norm
@@ -39,10 +42,17 @@ if TYPE_CHECKING:
     from jaxreg.penalties import MaxNorm as MaxNorm
     from jaxreg.penalties import NonNegative as NonNegative
     from jaxreg.penalties import NonNegativeL1 as NonNegativeL1
+    from jaxreg.penalties import Nuclear as Nuclear
+    from jaxreg.penalties import Orthogonal as Orthogonal
+    from jaxreg.penalties import OverlappingGroupLasso as OverlappingGroupLasso
     from jaxreg.penalties import Penalty as Penalty
+    from jaxreg.penalties import Rank as Rank
     from jaxreg.penalties import Simplex as Simplex
+    from jaxreg.penalties import SortedL1 as SortedL1
     from jaxreg.penalties import SparseGroupLasso as SparseGroupLasso
+    from jaxreg.penalties import SpectralBall as SpectralBall
     from jaxreg.penalties import TopK as TopK
+    from jaxreg.penalties import TotalVariation as TotalVariation
     from jaxreg.penalties import UnitNorm as UnitNorm
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
     from jaxreg.transforms import l2_decay as l2_decay
@@ -74,6 +84,7 @@ _HOMES = {
     "L1Ball": "jaxreg.penalties",
     "L2Ball": "jaxreg.penalties",
     "L2Norm": "jaxreg.penalties",
+    "Joint": "jaxreg.penalties",
     "LHalf": "jaxreg.penalties",
     "LInf": "jaxreg.penalties",
     "LInfBall": "jaxreg.penalties",
@@ -87,6 +98,15 @@ _HOMES = {
     "SparseGroupLasso": "jaxreg.penalties",
     "TopK": "jaxreg.penalties",
     "UnitNorm": "jaxreg.penalties",
+    "certificate": "jaxreg.optimality",
+    "FusedLasso": "jaxreg.penalties",
+    "Nuclear": "jaxreg.penalties",
+    "Orthogonal": "jaxreg.penalties",
+    "OverlappingGroupLasso": "jaxreg.penalties",
+    "Rank": "jaxreg.penalties",
+    "SortedL1": "jaxreg.penalties",
+    "SpectralBall": "jaxreg.penalties",
+    "TotalVariation": "jaxreg.penalties",
     "clip_by_global_norm": "jaxreg.transforms",
     "dropout": "jaxreg.noise",
     "global_norm": "jaxreg._tree",

@@ -15,7 +15,8 @@ import numpy as np
 class ArgumentError(ValueError):
     """An argument that is not accepted: every error that jaxreg raises over its input.
 
-    The message reads ``name: got GIVEN; accepted: ACCEPTED.`` It is a `ValueError`.
+    The message reads ``name: got GIVEN; accepted: ACCEPTED.`` It is a `ValueError`, and its
+    attributes ``name``, ``given`` and ``accepted`` are the message's parts.
 
     >>> import jaxreg
     >>> jaxreg.L1(-1)
@@ -26,7 +27,11 @@ class ArgumentError(ValueError):
     __module__ = "jaxreg"  # where it is exported
 
     def __init__(self, name: str, given: str, accepted: str):
-        super().__init__(f"{name}: got {given}; accepted: {accepted}.")
+        super().__init__(name, given, accepted)
+        self.name, self.given, self.accepted = name, given, accepted
+
+    def __str__(self) -> str:
+        return f"{self.name}: got {self.given}; accepted: {self.accepted}."
 
 
 def is_host(value: Any) -> bool:
@@ -45,6 +50,18 @@ def is_concrete(value: Any) -> bool:
     return isinstance(value, Array) and not isinstance(value, Tracer)
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number or an array, concrete or traced."""
+    return isinstance(value, (bool, int, float)) or hasattr(value, "dtype")
+
+
+def is_real(value: Any) -> bool:
+    """Whether an array, concrete or traced, holds real numbers (of bfloat16, too)."""
+    dtype = getattr(value, "dtype", None)
+    # By name, as NumPy knows nothing of the kind of bfloat16.
+    return dtype is not None and dtype.name.startswith(("int", "uint", "float", "bfloat"))
+
+
 def is_schedule(value: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether `value` is an optax schedule: a function of the step count."""
     return callable(value)
@@ -59,13 +76,11 @@ def scalar(name: str, value: Any, accepted: str, holds: Callable[[float], bool])
     if is_schedule(value):
         accepted += "; a schedule goes into optax.inject_hyperparams"
         raise ArgumentError(name, "a function", accepted)
-    if not is_concrete(value):
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        if shape != () or dtype is None or not np.issubdtype(dtype, np.number):
-            raise ArgumentError(name, describe(value), accepted)
-        return value
-    if isinstance(value, bool) or np.shape(value) != () or np.asarray(value).dtype.kind in "bcOSU":
+    array = np.asarray(value) if is_host(value) else value
+    if not is_real(array) or array.shape != ():
         raise ArgumentError(name, describe(value), accepted)
+    if not is_concrete(value):
+        return value
     number = float(value)
     if not holds(number):
         raise ArgumentError(name, repr(number), accepted)
@@ -112,9 +127,7 @@ def weights(name: str, value: Any) -> Any:
 def _array(name: str, value: Any, accepted: str, holds: Callable[[np.ndarray], Any]) -> Any:
     """An array of real numbers for which `holds`, where it is concrete."""
     array = np.asarray(value) if isinstance(value, (list, tuple, float, int)) else value
-    dtype = getattr(array, "dtype", None)
-    # bfloat16 is of kind "V" to NumPy.
-    if dtype is None or (dtype.kind not in "iuf" and dtype.name != "bfloat16"):
+    if not is_real(array):
         raise ArgumentError(name, describe(value), accepted)
     if is_concrete(array):
         numbers = np.asarray(array).astype(np.float64)
@@ -149,17 +162,21 @@ def number_or_schedule(name: str, value: Any) -> Any:
     return value if is_schedule(value) else nonnegative(name, value)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number of Python or NumPy."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def whole_number(name: str, value: Any, at_least: int) -> int:
     """A whole number >= `at_least`."""
-    accepted = f"a whole number >= {at_least}"
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ArgumentError(name, describe(value), accepted)
+    if not is_whole(value) or value < at_least:
+        raise ArgumentError(name, describe(value), f"a whole number >= {at_least}")
     return int(value)
 
 
 def integer(name: str, value: Any) -> int:
     """An integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_whole(value):
         raise ArgumentError(name, describe(value), "an integer")
     return int(value)
 
@@ -195,7 +212,7 @@ def choice(name: str, value: str, options: Iterable[str]) -> str:
     """One of `options`; the error names the nearest one."""
     options = list(options)
     if value not in options:
-        near = difflib.get_close_matches(value, options, n=1)
+        near = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ArgumentError(name, repr(value) + hint, ", ".join(options))
     return value
@@ -203,7 +220,8 @@ def choice(name: str, value: str, options: Iterable[str]) -> str:
 
 def describe(value: Any) -> str:
     """A short description for an error message: arrays by shape and dtype, the rest by repr."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    if is_array and (value.shape != () or not is_concrete(value)):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

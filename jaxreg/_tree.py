@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxreg import _check, where
+
 PyTree = Any
 
 
@@ -22,22 +24,36 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def _sum_of_squares(leaves: list[jax.Array], scale: jax.Array) -> jax.Array:
-    """Sum |scale * x|^2 over every entry, accumulated in the dtype of `scale`."""
+def check_floating(name: str, tree: PyTree) -> None:
+    """Raises where a leaf is not a real or complex floating array."""
+    for path, leaf in zip(where.paths(tree), jax.tree.leaves(tree), strict=True):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            given = _check.describe(leaf) if dtype is None else f"{dtype} values"
+            place = f" on the leaf {path}" if path else ""
+            raise _check.ArgumentError(name, given + place, "floating arrays")
 
-    def of_leaf(x: jax.Array) -> jax.Array:
-        if jnp.iscomplexobj(x):
-            return of_leaf(x.real) + of_leaf(x.imag)
-        return jnp.sum(jnp.square(x.astype(scale.dtype) * scale))
 
-    return sum((of_leaf(x) for x in leaves), jnp.zeros((), scale.dtype))
+def nodes(tree: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
+    """The outermost nodes of the given types in a tree."""
+    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_one) if is_one(node)]
+
+
+def _sum_of_squares(parts: list[jax.Array], divisor: jax.Array) -> jax.Array:
+    """Sum (x / divisor)^2 over every entry, accumulated in the dtype of `divisor`.
+
+    Divided, not multiplied by the reciprocal, which overflows for denormal entries.
+    """
+    squares = [jnp.square(x.astype(divisor.dtype) / divisor) for x in parts]
+    return sum(map(jnp.sum, squares), jnp.zeros((), divisor.dtype))
 
 
 def _norm(leaves: list[jax.Array]) -> jax.Array:
-    bits = max(jnp.finfo(x.dtype).bits for x in leaves)
-    dtype = jnp.float64 if bits == 64 else jnp.float32
+    parts = [part for x in leaves for part in _real_parts(x)]
+    dtype = jnp.float64 if any(jnp.finfo(x.dtype).bits == 64 for x in parts) else jnp.float32
     one = jnp.ones((), dtype)
-    plain = _sum_of_squares(leaves, one)
+    plain = _sum_of_squares(parts, one)
     # Where some squares over- or underflow, a second pass works on the entries over the largest.
     # The bounds are far inside the range of the dtype: what underflows beside a sum above the
     # lower one is lost to rounding anyway.
@@ -45,16 +61,10 @@ def _norm(leaves: list[jax.Array]) -> jax.Array:
     lower, upper = float(info.tiny) ** 0.5, float(info.max)
 
     def scaled() -> jax.Array:
-        parts = [p for x in leaves if x.size for p in _real_parts(x)]
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p)).astype(dtype) for p in parts]))
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(dtype) for x in parts]))
         usable = jnp.isfinite(largest) & (largest > 0)
         divisor = jnp.where(usable, largest, one)
-        # Divided, not multiplied by the reciprocal, which overflows for denormal entries.
-        total = sum(
-            (jnp.sum(jnp.square(p.astype(dtype) / divisor)) for p in parts),
-            jnp.zeros((), dtype),
-        )
-        return jnp.where(usable, divisor * jnp.sqrt(total), largest)
+        return jnp.where(usable, divisor * jnp.sqrt(_sum_of_squares(parts, divisor)), largest)
 
     in_range = (plain > lower) & (plain < upper)
     return jax.lax.cond(in_range, lambda: jnp.sqrt(plain), scaled)
@@ -95,12 +105,16 @@ def global_norm(tree: PyTree) -> jax.Array:
     Returns:
         A scalar: float64 where a leaf holds 64-bit floats, else float32. 0 for an empty tree.
 
+    Raises:
+        ValueError: where a leaf is not floating.
+
     >>> import jax.numpy as jnp, jaxreg
     >>> float(jaxreg.global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
     5.0
     >>> f"{jaxreg.global_norm(jnp.full(4, 1e-30)):.3g}"
     '2e-30'
     """
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    leaves = [x for x in leaves if x.size]
+    tree = jax.tree.map(jnp.asarray, tree)
+    check_floating("tree", tree)
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
     return _safe_norm(leaves) if leaves else jnp.zeros((), jnp.float32)

@@ -47,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         return options.run(options)
-    except (_UsageError, _check.ArgumentError) as error:
+    except _UsageError as error:
         return _fail(BAD_INPUT, f"error: {error}")
+    except _check.ArgumentError as error:
+        option, *recipe = error.name.removeprefix("--").split(" ")  # such as "strength l1_prox"
+        name = " ".join(["--" + option.replace("_", "-"), *recipe])
+        return _fail(BAD_INPUT, f"error: {_check.ArgumentError(name, error.given, error.accepted)}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         return _fail(FAILED, f"error: the package {package} is missing: pip install 'jaxreg[cli]'")
@@ -133,21 +137,21 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, as numbers and names; ``results.json`` holds it too."""
     seeds, epochs = (2, 10) if options.quick else (5, 100)
-    noise = _number("--label-noise", options.label_noise)
-    rate = _number("--learning-rate", options.learning_rate)
+    noise = _number("label_noise", options.label_noise)
+    rate = _number("learning_rate", options.learning_rate)
     return {
         "data": options.data,
         "target": options.target,
-        "task": _check.choice("--task", options.task, TASKS),
-        "train_size": _whole("--train-size", options.train_size, None),
-        "label_noise": _check.fraction("--label-noise", noise),
-        "model": _check.choice("--model", options.model, MODELS),
+        "task": _check.choice("task", options.task, TASKS),
+        "train_size": _whole("train_size", options.train_size, None),
+        "label_noise": _check.fraction("label_noise", noise),
+        "model": _check.choice("model", options.model, MODELS),
         "recipes": None if options.recipes is None else _items(options.recipes),
         "strength": _strengths(_items(options.strength)),
-        "seeds": _whole("--seeds", options.seeds, seeds, MOST_SEEDS),
-        "epochs": _whole("--epochs", options.epochs, epochs, MOST_EPOCHS),
-        "batch_size": _whole("--batch-size", options.batch_size, 64),
-        "learning_rate": _check.positive("--learning-rate", rate),
+        "seeds": _whole("seeds", options.seeds, seeds, MOST_SEEDS),
+        "epochs": _whole("epochs", options.epochs, epochs, MOST_EPOCHS),
+        "batch_size": _whole("batch_size", options.batch_size, 64),
+        "learning_rate": _check.positive("learning_rate", rate),
     }
 
 
@@ -162,8 +166,8 @@ def _strengths(items: list[str]) -> dict[str, float]:
         name, _, value = item.partition("=")
         if not name or not value or name in strengths:
             accepted = "RECIPE=VALUE, such as dropout=0.5, once a recipe"
-            raise _check.ArgumentError("--strength", repr(item), accepted)
-        strengths[name] = _number(f"--strength {name}", value)
+            raise _check.ArgumentError("strength", repr(item), accepted)
+        strengths[name] = _number(f"strength {name}", value)
     return strengths
 
 
@@ -237,7 +241,7 @@ def _read_data(asked: dict[str, Any]) -> "tuple[Dataset, Split]":
     if asked["model"] == "cnn" and dataset.x.ndim not in (3, 4):
         given = f"'cnn' for inputs of shape {dataset.x.shape[1:]}"
         accepted = "linear or mlp; cnn for (length, channels) and (height, width, channels)"
-        raise _check.ArgumentError("--model", given, accepted)
+        raise _check.ArgumentError("model", given, accepted)
     size, noise, seeds = asked["train_size"], asked["label_noise"], asked["seeds"]
     return dataset, splits.split(dataset, train_size=size, label_noise=noise, seeds=seeds)
 

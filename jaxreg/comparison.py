@@ -47,9 +47,9 @@ class Outcome:
 
 
 def choose(
-    names: Sequence[str] | None, strengths: dict[str, float], task: str
+    recipes: Sequence[str] | None, strength: dict[str, float], task: str
 ) -> list[tuple[Recipe, float | None]]:
-    """The recipes asked for, each with its strength (None for its default).
+    """The recipes of the given names, each with its strength (None for its default).
 
     Without names, every recipe that the task allows.
 
@@ -64,21 +64,21 @@ def choose(
     fits = [
         r.name for r in RECIPES.values() if task == "classification" or not r.classification_only
     ]
-    chosen = fits if names is None else list(names)
+    chosen = fits if recipes is None else list(recipes)
     for i, name in enumerate(chosen):
-        _check.choice("--recipes", name, RECIPES)
+        _check.choice("recipes", name, RECIPES)
         if name not in fits:
             given = f"{name!r}, which is for classification"
-            raise _check.ArgumentError("--recipes", given, ", ".join(fits))
+            raise _check.ArgumentError("recipes", given, ", ".join(fits))
         if name in chosen[:i]:
-            raise _check.ArgumentError("--recipes", f"{name!r} twice", "each name once")
+            raise _check.ArgumentError("recipes", f"{name!r} twice", "each name once")
     if not chosen:
-        raise _check.ArgumentError("--recipes", "no name", ", ".join(fits))
+        raise _check.ArgumentError("recipes", "no name", ", ".join(fits))
     tunable = [name for name in chosen if RECIPES[name].strength is not None]
-    for name, strength in strengths.items():
-        _check.choice("--strength", name, tunable or ["nothing, as no recipe here has a strength"])
-        RECIPES[name].check(f"--strength {name}", strength)
-    return [(RECIPES[name], strengths.get(name)) for name in chosen]
+    for name, value in strength.items():
+        _check.choice("strength", name, tunable or ["nothing, as no recipe here has a strength"])
+        RECIPES[name].check(f"strength {name}", value)
+    return [(RECIPES[name], strength.get(name)) for name in chosen]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

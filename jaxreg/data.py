@@ -65,12 +65,12 @@ class Dataset:
 
 
 def load(
-    name_or_path: str | Path, *, target: str | None = None, task: Task | Literal["auto"] = "auto"
+    data: str | Path, *, target: str | None = None, task: Task | Literal["auto"] = "auto"
 ) -> Dataset:
     """A data set by its name, or from a .csv or .npz file.
 
     Args:
-        name_or_path: one of `NAMES`, or a path. A .csv file is UTF-8 text with a header row, cells
+        data: one of `NAMES`, or a path. A .csv file is UTF-8 text with a header row, cells
             separated by commas, semicolons or tabs, and a number in every feature cell. An .npz
             file holds `x`, numbers of shape (rows, features), (rows, length, channels) for
             sequences or (rows, height, width, channels) for images, and `y`, numbers or text of
@@ -86,8 +86,7 @@ def load(
 
     Raises:
         ArgumentError: an unknown name, an unreadable file, a bad cell (with its place), a wrong
-            `target` or `task`, or too little data (see `Dataset`). Messages call the arguments
-            by the names of the command's options, such as ``--data``.
+            `target` or `task`, or too little data (see `Dataset`).
 
     Source: digits, breast_cancer and wine are from the UCI repository, diabetes from Efron et al.,
     "Least angle regression" (2004); all come with scikit-learn. mnist1d: see `make_mnist1d`.
@@ -96,17 +95,17 @@ def load(
     >>> dataset.task, dataset.x.shape, dataset.classes[:3]
     ('classification', (5000, 40, 1), ('0', '1', '2'))
     """
-    choice("--task", task, ("auto", "classification", "regression"))
-    name, path = str(name_or_path), Path(name_or_path)
+    choice("task", task, ("auto", "classification", "regression"))
+    name, path = str(data), Path(data)
     suffix = path.suffix.lower()
     if target is not None and (name in NAMES or suffix != ".csv"):
-        raise ArgumentError("--target", describe(target), "a column name, with a .csv file only")
+        raise ArgumentError("target", describe(target), "a column name, with a .csv file only")
     if name in NAMES:
         return _load_named(name, task)
     if not path.is_file():
-        choice("--data", name, (*NAMES, "a .csv or .npz file that exists"))
+        choice("data", name, (*NAMES, "a .csv or .npz file that exists"))
     if suffix not in (".csv", ".npz"):
-        raise ArgumentError("--data", repr(name), "a file that ends in .csv or .npz")
+        raise ArgumentError("data", repr(name), "a file that ends in .csv or .npz")
     return _load_csv(path, target, task) if suffix == ".csv" else _load_npz(path, task)
 
 
@@ -127,7 +126,7 @@ def _load_named(name: str, task: str) -> Dataset:
         y = bunch.target.astype(np.int32 if classes else np.float32)
         dataset = Dataset(name, found, x.astype(np.float32), y, classes, features)
     if task not in ("auto", dataset.task):
-        raise ArgumentError("--task", repr(task), f"{dataset.task}, the task of {name}")
+        raise ArgumentError("task", repr(task), f"{dataset.task}, the task of {name}")
     return dataset
 
 
@@ -137,7 +136,7 @@ def _load_csv(path: Path, target: str | None, task: str) -> Dataset:
         near = difflib.get_close_matches(target or "", names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         given = "nothing" if target is None else describe(target) + hint
-        raise ArgumentError("--target", given, f"the column to predict: {_listing(names)}")
+        raise ArgumentError("target", given, f"the column to predict: {_listing(names)}")
     column = names.index(target)
     labels = [row.pop(column) for row in rows]
     names.remove(target)
@@ -213,7 +212,7 @@ def _target(
     text = [i for i, number in enumerate(numbers) if number is None]
     if text and (task == "regression" or (task == "auto" and len(text) < len(cells) / 2)):
         given = f"{task!r} with {describe(cells[text[0]])} in {place(text[0])}"
-        raise ArgumentError("--task", given, "a number there, or --task classification")
+        raise ArgumentError("task", given, "a number there, or the task classification")
 
     values = np.array(cells if text else numbers)
     distinct, first, y = np.unique(values, return_index=True, return_inverse=True)
@@ -236,7 +235,7 @@ def _number(cell: str) -> float | None:
 
 
 def _reject(given: str, accepted: str) -> NoReturn:
-    raise ArgumentError("--data", given, accepted)
+    raise ArgumentError("data", given, accepted)
 
 
 def _reject_cell(cell: str, place: str, accepted: str) -> NoReturn:

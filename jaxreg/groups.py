@@ -44,6 +44,10 @@ class Grouping(abc.ABC):
     def spread(self, figures: jax.Array) -> jax.Array:
         """For each coordinate the figure of its group, in a shape that broadcasts with x's."""
 
+    def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
+        """x times the figure of its group."""
+        return x * self.spread(figures)
+
     def norm(self, x: jax.Array) -> jax.Array:
         """The Euclidean norm of each group, with gradient 0 at 0."""
         squares = self.sum(jnp.square(x))

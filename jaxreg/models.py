@@ -40,8 +40,8 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, sizes: Sequence[int], *, dropout_rate: float = 0.0, rngs: nnx.Rngs):
-        if len(sizes) < 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
-            raise _check.ArgumentError("sizes", repr(sizes), "two or more positive whole numbers")
+        accepted = "two or more positive whole numbers"
+        sizes = _positive("sizes", sizes, accepted, at_least=2)
         self.dropout_rate = _check.fraction("dropout_rate", dropout_rate)
         dense = [nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(sizes)]
         self.layers = _ModuleList(dense)
@@ -71,8 +71,9 @@ class CNN(nnx.Module):
         rngs: where the initial weights come from.
 
     Raises:
-        ValueError: where the input shape has neither one nor two spatial axes, or the rate is
-            out of its range; in training with dropout, where the key is missing.
+        ValueError: where the input shape has neither one nor two spatial axes, a size is not a
+            positive whole number, or the rate is out of its range; in training with dropout,
+            where the key is missing.
 
     >>> import jax.numpy as jnp
     >>> model = CNN((8, 8, 1), 10, rngs=nnx.Rngs(0))
@@ -89,12 +90,10 @@ class CNN(nnx.Module):
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        if len(input_shape) not in (2, 3):
-            raise _check.ArgumentError(
-                "input_shape",
-                repr(tuple(input_shape)),
-                "(height, width, channels) or (length, channels)",
-            )
+        accepted = "(height, width, channels) or (length, channels)"
+        input_shape = _positive("input_shape", input_shape, accepted, at_least=2, at_most=3)
+        channels = _positive("channels", channels, "one or more positive whole numbers")
+        outputs = _check.whole_number("outputs", outputs, at_least=1)
         self.dropout_rate = _check.fraction("dropout_rate", dropout_rate)
         *spatial, n = input_shape
         blocks = []
@@ -138,6 +137,17 @@ def build(
     hidden = (HIDDEN_UNITS,) if name == "mlp" else ()
     sizes = (math.prod(input_shape), *hidden, outputs)
     return MLP(sizes, dropout_rate=dropout_rate, rngs=rngs)
+
+
+def _positive(
+    name: str, values: Sequence[int], accepted: str, at_least: int = 1, at_most: float = math.inf
+) -> tuple[int, ...]:
+    """Positive whole numbers, so many of them."""
+    if not isinstance(values, Sequence) or not at_least <= len(values) <= at_most:
+        raise _check.ArgumentError(name, _check.describe(values), accepted)
+    if not all(_check.is_whole(value) and value >= 1 for value in values):
+        raise _check.ArgumentError(name, _check.describe(values), accepted)
+    return tuple(map(int, values))
 
 
 def _site_dropout(

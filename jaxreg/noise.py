@@ -1,5 +1,7 @@
 """Noise: pure functions (key, x, rate) -> x."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     each layer and each step a key of its own, as ``jax.random.fold_in`` makes them.
 
     Args:
-        key: a JAX random key.
+        key: one JAX random key.
         x: a real floating array of any shape.
         rate: the probability of 0, a number in [0, 1), or a traced scalar.
 
@@ -21,7 +23,8 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
         An array of x's shape and dtype; the product is computed in float32 at least.
 
     Raises:
-        ValueError: where the rate is outside [0, 1) or NaN, or x is not real floating.
+        ValueError: where the key is none, the rate is outside [0, 1) or NaN, or x is not real
+            floating.
 
     Source: N. Srivastava et al., *Dropout: a simple way to prevent neural networks from
     overfitting*, JMLR 15, 2014.
@@ -31,6 +34,8 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     >>> sorted(set(y.tolist())), 450 < int((y == 0).sum()) < 550
     ([0.0, 2.0], True)
     """
+    if not _is_key(key):
+        raise _check.ArgumentError("key", _check.describe(key), "one JAX random key")
     rate = _check.fraction("rate", rate)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -39,3 +44,11 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     wide = _tree.widen(x)
     kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, wide / keep.astype(wide.dtype), 0).astype(x.dtype)
+
+
+def _is_key(value: Any) -> bool:
+    """Whether `value` is one random key, of the new kind or a raw one (``jax.random.PRNGKey``)."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return shape == ()
+    return dtype == jnp.uint32 and shape is not None and len(shape) == 1

@@ -34,6 +34,10 @@ def regularize(
     stands for the plain transformation, and a transformation (with its own ``where``, say) takes
     its place.
 
+    The clip is of the loss's gradient alone. While it is active, with coefficient c, it scales
+    that gradient and not `l2`, whose effective strength is l2 / c (as with ``clip_grad_norm_`` and
+    the ``weight_decay`` of an optimizer in torch). The step of ``penalty=L2(s)`` follows the clip.
+
     Args:
         direction: an optax transformation without learning rate and sign:
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.identity()``.

@@ -1,12 +1,10 @@
 """What each lane (repetition of a fit) sees of a data set: training, validation and test rows."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from jaxreg._check import ArgumentError, describe, fraction, scalar
+from jaxreg._check import ArgumentError, describe, fraction, is_whole, scalar, whole_number
 from jaxreg.data import Dataset
 
 
@@ -70,9 +68,9 @@ def split(
     >>> parts.train_x.shape, parts.validation_y.shape, parts.test_x.shape
     ((3, 200, 40, 1), (3, 50), (3, 1250, 40, 1))
     """
-    _whole("--seeds", seeds, "a whole number >= 1", 1)
-    _whole("split_seed", split_seed, "a whole number >= 0", 0)
-    fraction("--label-noise", label_noise)
+    whole_number("seeds", seeds, at_least=1)
+    whole_number("split_seed", split_seed, at_least=0)
+    fraction("label_noise", label_noise)
     scalar("test_share", test_share, "a number in (0, 1)", lambda v: 0 < v < 1)
     scalar("validation_share", validation_share, "a number in (0, 0.5]", lambda v: 0 < v <= 0.5)
 
@@ -118,8 +116,9 @@ def _train_and_validation(
         sizes = np.arange(available)
         validation_sizes = np.maximum(smallest, np.rint(sizes * share / (1 - share)).astype(int))
         most = int(sizes[sizes + validation_sizes <= available].max())
-        accepted = f"a whole number from {smallest} to {most}, as other rows test and validate"
-        _whole("--train-size", train_size, accepted, smallest, most)
+        if not (is_whole(train_size) and smallest <= train_size <= most):
+            accepted = f"a whole number from {smallest} to {most}, as other rows test and validate"
+            raise ArgumentError("train_size", describe(train_size), accepted)
         validation_size = int(validation_sizes[train_size])
     validation = _apportion(count, validation_size, least, spare=least)
     # `available` is more than are left: all of them.
@@ -160,9 +159,3 @@ def _corrupt(y: np.ndarray, share: float, classes: int, rng: np.random.Generator
     else:
         y[chosen] = y[rng.permutation(chosen)]
     return y
-
-
-def _whole(name: str, value: Any, accepted: str, least: int, most: float = math.inf) -> None:
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        raise ArgumentError(name, describe(value), accepted)

@@ -51,7 +51,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check.whole_number(name, getattr(self, name), at_least=1)
-        _check.positive("learning_rate", self.learning_rate)
+        _check.positive_finite("learning_rate", self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +133,22 @@ def fit_lanes(
     step. The test rows are only looked at, after each epoch, to report on.
 
     Args:
-        make_model: builds the model; its dropout rate is the model's own affair.
+        make_model: builds the model, with the weights of a ``nnx.Rngs``. It is called as
+            ``model(x, train=True, key=key)`` on batches in training, with a key of the step, and
+            as ``model(x)`` on all rows of a part elsewhere; its dropout rate is its own affair.
+            Only its ``nnx.Param`` variables are kept from one step to the next, so it may have no
+            others, such as batch statistics or random streams.
         data: rows of every lane, standardized.
         regularizers: what to regularize.
         settings: epochs, batch size, learning rate.
         on_epochs: called with the number of epochs that have ended, now and then.
+
+    Returns:
+        The fit of every lane.
+
+    Raises:
+        ValueError: where the model has variables that are no ``nnx.Param``, and as
+            `jaxreg.regularize` does.
     """
     lanes, rows = data.train_x.shape[:2]
     program = _LaneProgram.of(make_model, regularizers, settings, rows)
@@ -210,7 +221,12 @@ class _LaneProgram:
         steps = settings.epochs * (rows // batch_size)
         schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
         optimizer = regularizers.optimizer(optax.scale_by_adam(), schedule)
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        graphdef, _, others = nnx.split(model, nnx.Param, ...)
+        if paths := _where.paths(others):
+            given = f"a model with the variable {paths[0]}, which is no nnx.Param"
+            accepted = "a model with no others: dropout draws from the key it is called with"
+            raise _check.ArgumentError("make_model", given, accepted)
         return cls(make_model, graphdef, optimizer, regularizers, rows, batch_size)
 
     def apply(self, params: PyTree, x: jax.Array, **options: Any) -> jax.Array:

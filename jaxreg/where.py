@@ -13,6 +13,7 @@ leaf. To see what a selector chooses, call ``selector.mask(params)``.
 """
 
 import abc
+import collections
 import functools
 import re
 from collections.abc import Callable
@@ -44,12 +45,12 @@ class Selector(abc.ABC):
         >>> rank(at_least=2).mask({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
         {'bias': False, 'kernel': True}
         """
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        paths = [path_string(keys) for keys, _ in keyed]
-        chosen = [self.selects(p, leaf) for p, (_, leaf) in zip(paths, keyed, strict=True)]
-        if paths and not any(chosen):
-            listed = ", ".join(p or "(the array itself)" for p in paths[:20])
-            more = f", and {len(paths) - 20} more" if len(paths) > 20 else ""
+        leaves, treedef = jax.tree.flatten(tree)
+        names = paths(tree)
+        chosen = [self.selects(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        if names and not any(chosen):
+            listed = ", ".join(name or "(the array itself)" for name in names[:20])
+            more = f", and {len(names) - 20} more" if len(names) > 20 else ""
             default = "; kernels are the default: choose with .on(...) or where=..."
             raise _check.ArgumentError(
                 "where",
@@ -67,6 +68,28 @@ class Selector(abc.ABC):
 
     def __invert__(self) -> "Selector":
         return _Not(self)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The path of each leaf of a tree, its keys joined with ``/``.
+
+    Flax NNX keeps each array in a variable's attribute ``value``, which is no part of the name:
+    it is left out where nothing else lies beside it.
+
+    >>> paths({"layers": [1.0, {"kernel": 2.0}]})
+    ['layers/0', 'layers/1/kernel']
+    """
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves_under = collections.Counter(keys[:n] for keys, _ in keyed for n in range(len(keys)))
+
+    def name(keys: tuple[Any, ...]) -> str:
+        *parent, last = keys or [None]
+        alone = parent and leaves_under[tuple(parent)] == 1
+        if alone and last == jax.tree_util.GetAttrKey("value"):
+            keys = tuple(parent)
+        return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+    return [name(keys) for keys, _ in keyed]
 
 
 def path_string(keys: tuple[Any, ...]) -> str:
@@ -179,16 +202,16 @@ class _Everything(Selector):
 class _Kernels(Selector):
     """The default of decay and penalties: what multiplies inputs, and nothing else.
 
-    By the last name on its path (numbers aside) and its rank, a leaf is
+    By the names on its path (numbers aside) and its rank, a leaf is
 
-    - no kernel if it is a ``bias``, at any rank;
+    - no kernel if it is a ``bias`` or ``b``, at any rank;
     - a kernel if it is called ``kernel``, and has an axis;
-    - no kernel if it lies in, or is, a normalization or an embedding (``LayerNorm_0``, ``bn1``,
-      ``wte``, ``pos_embed``), or is called ``scale``, ``gamma``, ``beta``, ``offset`` or
-      ``intercept``;
-    - a kernel if it is called ``w``, ``weight``, ``weights``, ``coef`` or ``coefs``, and has an
-      axis;
-    - else a kernel if it has two axes or more.
+    - no kernel if it is, or lies at any depth in, a normalization or an embedding
+      (``LayerNorm_0``, ``bn1``, ``wte``, ``pos_embed``), or is called ``scale``, ``gamma``,
+      ``beta``, ``offset`` or ``intercept``;
+    - a kernel if it is called ``w``, ``coef`` or ``coefs``, and has an axis;
+    - else a kernel if it has two axes or more. (A ``weight`` with one axis may be the scale of a
+      normalization.)
 
     A tree that is one array is a kernel. To see what is chosen, call `mask` on the parameters.
 
@@ -204,31 +227,31 @@ class _Kernels(Selector):
         rank = np.ndim(leaf)
         # Positions in lists and tuples say nothing about what a leaf is for.
         components = [_words(part) for part in path.split("/") if not part.isdecimal()]
-        name, parent = [*components[::-1], [], []][:2]
+        name = components[-1] if components else []
         last = name[-1] if name else ""
-        if {"bias", "biases"} & {*name}:
+        if name == ["b"] or {"bias", "biases"} & {*name}:
             return False
         if last == "kernel":
             return rank >= 1
-        if any(map(_is_norm_or_embedding, name + parent)) or last in _NO_KERNELS:
+        words = [word for component in components for word in component]
+        if any(map(_NORM_OR_EMBEDDING.fullmatch, words)) or last in _NO_KERNELS:
             return False
-        return rank >= (1 if last in _NAMED_WEIGHTS else 2)
+        return rank >= (1 if last in _VECTOR_KERNELS else 2)
 
     def __repr__(self) -> str:
         return "where.kernels"
 
 
-_NAMED_WEIGHTS = {"w", "weight", "weights", "coef", "coefs"}
+_VECTOR_KERNELS = {"w", "coef", "coefs"}
 _NO_KERNELS = {"scale", "scales", "gamma", "beta", "offset", "intercept"}
+_NORM_OR_EMBEDDING = re.compile(
+    "ln|bn|gn|wte|wpe|.*(norms?|normali[sz]ation|embed|embedder|embeddings?)"
+)
 
 
 def _words(name: str) -> list[str]:
     """The words of a name in snake or camel case, digits left out: LayerNorm_0 -> layer, norm."""
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-
-
-def _is_norm_or_embedding(word: str) -> bool:
-    return "norm" in word or "embed" in word or word in ("ln", "bn", "gn", "wte", "wpe")
 
 
 everything: Selector = _Everything()
@@ -241,6 +264,16 @@ def path(pattern: str) -> Selector:
     ``*`` stands for any characters within one component, ``?`` for one of them, and ``**`` for
     any number of components, none included.
 
+    Args:
+        pattern: such as ``encoder/*/kernel`` or ``**/kernel``; numbers of a list or tuple are
+            components.
+
+    Returns:
+        A selector, which may be combined with others.
+
+    Raises:
+        ValueError: where the pattern is empty or no string.
+
     >>> path("**/kernel").mask({"out": {"kernel": 1.0, "bias": 0.0}})
     {'out': {'bias': False, 'kernel': True}}
     """
@@ -252,17 +285,41 @@ def path(pattern: str) -> Selector:
 def rank(*, at_least: int = 0, at_most: int | None = None) -> Selector:
     """Leaves whose number of axes lies between two bounds, both included.
 
+    Args:
+        at_least: a whole number.
+        at_most: a whole number >= `at_least`; None for no bound.
+
+    Returns:
+        A selector, which may be combined with others.
+
+    Raises:
+        ValueError: where a bound is no such number.
+
     >>> rank(at_most=1).mask({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
     {'bias': True, 'kernel': False}
     """
-    for name, bound in (("at_least", at_least), ("at_most", at_most)):
-        if isinstance(bound, bool) or not (bound is None or isinstance(bound, int)):
-            raise _check.ArgumentError(name, _check.describe(bound), "a whole number of axes")
+    at_least = _check.whole_number("at_least", at_least, at_least=0)
+    if at_most is not None:
+        at_most = _check.whole_number("at_most", at_most, at_least=at_least)
     return _Rank(at_least, at_most)
 
 
 def predicate(function: Callable[[str, Any], bool]) -> Selector:
     """Leaves for which ``function(path, leaf)`` is true, called while tracing.
+
+    Two predicates are equal if they have the same function. A lambda is another one each time it
+    is written or run over: where a selector is part of what is compiled, as in a penalty, define
+    the function once, outside.
+
+    Args:
+        function: takes the path, a string such as ``layers/0/kernel``, and the leaf, of which
+            shape and dtype are known but not, within a trace, the values.
+
+    Returns:
+        A selector, which may be combined with others.
+
+    Raises:
+        ValueError: where `function` is not callable.
 
     >>> wide = predicate(lambda path, leaf: leaf.shape[-1] > 2)
     >>> wide.mask({"a": np.ones((4, 2)), "b": np.ones((2, 4))})

@@ -11,8 +11,17 @@ import optax
 
 import jaxreg
 
-# Exported names that are no regularizers: what they are made of or work with.
-OTHER_NAMES = {"ArgumentError", "Penalty", "__version__", "global_norm", "metric", "where"}
+# Exported names that are no regularizers: what they are made of, or work with.
+OTHER_NAMES = {
+    "ArgumentError",
+    "Penalty",
+    "__version__",
+    "certificate",
+    "global_norm",
+    "groups",
+    "metric",
+    "where",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +40,28 @@ class Case:
 class PenaltyCase(Case):
     """A penalty, with its value written again in NumPy float64 as the oracle.
 
-    ``make(strength)`` builds it; ``value(x, strength)`` is R(x); ``feasible`` moves any array into
-    the domain of R at strengths of 0.25 and more; ``constraint`` says that R is 0 or infinite.
+    ``make(strength)`` builds it, for arrays of shape (4, 3) and of `shapes`.
     """
 
     make: Callable[[Any], jaxreg.Penalty] = dataclasses.field(kw_only=True)
     value: Callable[[np.ndarray, float], float] = dataclasses.field(kw_only=True)
-    feasible: Callable[[np.ndarray], np.ndarray] = dataclasses.field(
-        kw_only=True, default=lambda x: x
+    """``value(x, strength)`` is R(x); a constraint allows for the rounding of float32."""
+    program: Callable[..., tuple[Any, list[Any]]] | None = dataclasses.field(
+        kw_only=True, default=None
     )
+    """``program(cvxpy, w, strength)``: R(w) and constraints, where R is convex, not separable."""
+    feasible: Callable[[np.ndarray, float], np.ndarray] = dataclasses.field(
+        kw_only=True, default=lambda x, s: x
+    )
+    """``feasible(x, strength)``: a point of the domain of R for any x."""
     constraint: bool = dataclasses.field(kw_only=True, default=False)
+    """Whether R is 0 or infinite."""
+    has_strength: bool = dataclasses.field(kw_only=True, default=True)
+    shapes: tuple[tuple[int, ...], ...] = dataclasses.field(
+        kw_only=True, default=((), (0,), (2, 0, 3), (5,))
+    )
+    collectives: frozenset[str] = dataclasses.field(kw_only=True, default=frozenset())
+    """What the prox of a sharded array may use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +85,74 @@ def _transform(name: str, make: Callable[[Any], optax.GradientTransformation]) -
     return TransformCase(name, call, make=make)
 
 
-def _infinite_unless(inside: np.ndarray) -> float:
-    return 0.0 if inside.all() else np.inf
+# Pieces of the oracles, in NumPy ---------------------------------------------------------------
+
+ONE_GROUP = {"shapes": ((), (0,), (2, 0, 3), (5,)), "collectives": frozenset({"all-reduce"})}
+UNITS = {"shapes": ((0, 3), (3, 0), (2, 0, 3), (5, 2)), "collectives": frozenset({"all-reduce"})}
+FIXED_SHAPE = {"shapes": (), "collectives": frozenset({"all-reduce", "all-gather"})}
+
+
+def infinite_unless(inside: Any) -> float:
+    return 0.0 if np.all(inside) else np.inf
+
+
+def at_most(amount: Any, bound: float) -> float:
+    return infinite_unless(amount <= bound * (1 + 1e-5))
+
+
+def columns(x: np.ndarray) -> np.ndarray:
+    return np.sqrt((x**2).sum(0))
+
+
+def mcp(u: np.ndarray, s: Any, gamma: float) -> np.ndarray:
+    return np.where(u <= gamma * s, s * u - u**2 / (2 * gamma), gamma * s**2 / 2)
+
+
+def scad(u: np.ndarray, s: Any, a: float) -> np.ndarray:
+    middle = (2 * a * s * u - u**2 - s**2) / (2 * (a - 1))
+    return np.where(u <= s, s * u, np.where(u <= a * s, middle, s**2 * (a + 1) / 2))
+
+
+def huber(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) <= 1, x**2 / 2, np.abs(x) - 0.5)
+
+
+def scaled_into(norm: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray, float], np.ndarray]:
+    """Into the ball of a norm, with the strength as its radius."""
+    return lambda x, s: x * np.minimum(1, s / np.maximum(norm(x), 1e-9)) * (1 - 1e-7)
+
+
+def on_simplex(x: np.ndarray, s: float) -> np.ndarray:
+    return (np.abs(x) + 0.1) / (np.abs(x) + 0.1).sum() * s
+
+
+def largest_of(x: np.ndarray, k: int) -> np.ndarray:
+    """x with zeros but for its k largest numbers along axis 0."""
+    return np.where(np.argsort(np.argsort(-np.abs(x), axis=0), axis=0) < k, x, 0)
+
+
+NORMAL = np.linspace(1, -2, 12).reshape(4, 3)
+EQUATIONS = np.stack([np.ones(12), np.linspace(-1, 1, 12), np.ones(12)])  # two of them are the same
+
+
+def solving(x: np.ndarray, s: float) -> np.ndarray:
+    offset = np.array([s, 1.0, s])
+    return x - (np.linalg.pinv(EQUATIONS) @ (EQUATIONS @ x.ravel() - offset)).reshape(x.shape)
+
+
+def _affine(s: Any) -> jaxreg.Penalty:
+    s = jnp.asarray(s, float)
+    return jaxreg.Affine(EQUATIONS, jnp.stack([s, jnp.ones_like(s), s]))
+
+
+def _joint(s: Any, x: jax.Array) -> Any:
+    joint = jaxreg.Joint(jaxreg.GroupLasso(s), {"kernel": 0, "bias": ()})
+    layer = joint.prox({"kernel": x[1:], "bias": x[0]}, 0.5)
+    return jnp.concatenate([layer["bias"][None], layer["kernel"]])
 
 
 CASES: list[Case] = [
+    # Separable
     _penalty("L1", jaxreg.L1, lambda x, s: s * np.abs(x).sum()),
     _penalty("L2", jaxreg.L2, lambda x, s: s / 2 * (x**2).sum()),
     _penalty(
@@ -77,19 +161,175 @@ CASES: list[Case] = [
         lambda x, s: s * np.abs(x).sum() + s * (x**2).sum(),
     ),
     _penalty(
+        "NonNegativeL1",
+        jaxreg.NonNegativeL1,
+        lambda x, s: s * x.sum() + infinite_unless(x >= 0),
+        feasible=lambda x, s: np.abs(x),
+    ),
+    _penalty("Huber", jaxreg.Huber, lambda x, s: s * huber(x).sum()),
+    _penalty("L0", jaxreg.L0, lambda x, s: s * (x != 0).sum()),
+    _penalty("LHalf", jaxreg.LHalf, lambda x, s: s * np.sqrt(np.abs(x)).sum()),
+    _penalty("LTwoThirds", jaxreg.LTwoThirds, lambda x, s: s * (np.abs(x) ** (2 / 3)).sum()),
+    _penalty("MCP", jaxreg.MCP, lambda x, s: mcp(np.abs(x), s, 3.0).sum()),
+    _penalty("SCAD", jaxreg.SCAD, lambda x, s: scad(np.abs(x), s, 3.7).sum()),
+    _penalty("LogSum", jaxreg.LogSum, lambda x, s: s * np.log1p(np.abs(x)).sum()),
+    # Groups
+    _penalty(
+        "GroupLasso",
+        jaxreg.GroupLasso,
+        lambda x, s: s * 2 * columns(x).sum(),
+        program=lambda cp, w, s: (s * 2 * cp.sum(cp.norm(w, 2, axis=0)), []),
+        **UNITS,
+    ),
+    _penalty(
+        "SparseGroupLasso",
+        lambda s: jaxreg.SparseGroupLasso(s, s / 2),
+        lambda x, s: s * np.abs(x).sum() + s * columns(x).sum(),
+        program=lambda cp, w, s: (
+            s * cp.sum(cp.abs(w)) + s * cp.sum(cp.norm(w, 2, axis=0)),
+            [],
+        ),
+        **UNITS,
+    ),
+    _penalty("GroupMCP", jaxreg.GroupMCP, lambda x, s: mcp(columns(x), 2 * s, 3.0).sum(), **UNITS),
+    _penalty(
+        "GroupSCAD", jaxreg.GroupSCAD, lambda x, s: scad(columns(x), 2 * s, 3.7).sum(), **UNITS
+    ),
+    _penalty(
+        "ExclusiveLasso",
+        jaxreg.ExclusiveLasso,
+        lambda x, s: s / 2 * (np.abs(x).sum(0) ** 2).sum(),
+        program=lambda cp, w, s: (s / 2 * cp.sum_squares(cp.sum(cp.abs(w), axis=0)), []),
+        **UNITS,
+    ),
+    _penalty(
+        "L2Norm",
+        jaxreg.L2Norm,
+        lambda x, s: s * np.linalg.norm(x),
+        program=lambda cp, w, s: (s * cp.norm(cp.vec(w, order="C"), 2), []),
+        **ONE_GROUP,
+    ),
+    _penalty(
+        "LInf",
+        jaxreg.LInf,
+        lambda x, s: s * np.abs(x).max(),
+        program=lambda cp, w, s: (s * cp.max(cp.abs(w)), []),
+        **ONE_GROUP,
+    ),
+    Case("Joint", _joint),
+    # Constraints
+    _penalty(
         "NonNegative",
         lambda s: jaxreg.NonNegative(),
-        lambda x, s: _infinite_unless(x >= 0),
-        feasible=np.abs,
+        lambda x, s: infinite_unless(x >= 0),
+        feasible=lambda x, s: np.abs(x),
         constraint=True,
+        has_strength=False,
     ),
     _penalty(
         "Box",
         lambda s: jaxreg.Box(-s, s),
-        lambda x, s: _infinite_unless((x >= -s) & (x <= s)),
-        feasible=lambda x: np.clip(x, -0.25, 0.25),
+        lambda x, s: infinite_unless((x >= -s) & (x <= s)),
+        feasible=lambda x, s: np.clip(x, -s, s),
         constraint=True,
     ),
+    _penalty(
+        "LInfBall",
+        jaxreg.LInfBall,
+        lambda x, s: infinite_unless(np.abs(x) <= s),
+        feasible=lambda x, s: np.clip(x, -s, s),
+        constraint=True,
+    ),
+    _penalty(
+        "L1Ball",
+        jaxreg.L1Ball,
+        lambda x, s: at_most(np.abs(x).sum(), s),
+        program=lambda cp, w, s: (0, [cp.sum(cp.abs(w)) <= s]),
+        feasible=scaled_into(lambda x: np.abs(x).sum()),
+        constraint=True,
+        **ONE_GROUP,
+    ),
+    _penalty(
+        "L2Ball",
+        jaxreg.L2Ball,
+        lambda x, s: at_most(np.linalg.norm(x), s),
+        program=lambda cp, w, s: (0, [cp.norm(cp.vec(w, order="C"), 2) <= s]),
+        feasible=scaled_into(np.linalg.norm),
+        constraint=True,
+        **ONE_GROUP,
+    ),
+    _penalty(
+        "MaxNorm",
+        jaxreg.MaxNorm,
+        lambda x, s: at_most(columns(x), s),
+        program=lambda cp, w, s: (0, [cp.norm(w, 2, axis=0) <= s]),
+        feasible=scaled_into(columns),
+        constraint=True,
+        **UNITS,
+    ),
+    _penalty(
+        "Simplex",
+        jaxreg.Simplex,
+        lambda x, s: infinite_unless([x.min(initial=0) >= 0, abs(x.sum() - s) <= 1e-5 * s]),
+        program=lambda cp, w, s: (0, [cp.sum(w) == s, w >= 0]),
+        feasible=on_simplex,
+        constraint=True,
+        shapes=((), (2, 3), (5,)),
+        collectives=frozenset({"all-reduce"}),
+    ),
+    _penalty(
+        "UnitNorm",
+        lambda s: jaxreg.UnitNorm(),
+        lambda x, s: infinite_unless(np.abs(columns(x) - 1) <= 1e-5),
+        feasible=lambda x, s: (x + 1e-3) / columns(x + 1e-3),
+        constraint=True,
+        has_strength=False,
+        **UNITS,
+    ),
+    _penalty(
+        "TopK",
+        lambda s: jaxreg.TopK(5),
+        lambda x, s: infinite_unless((x != 0).sum() <= 5),
+        feasible=lambda x, s: largest_of(x.reshape(-1, 1), 5).reshape(x.shape),
+        constraint=True,
+        has_strength=False,
+        shapes=((), (0,), (2, 0, 3), (5,), (7,)),
+        collectives=frozenset({"all-reduce", "all-gather", "collective-permute"}),
+    ),
+    _penalty(
+        "NM",
+        lambda s: jaxreg.NM(2, 4),
+        lambda x, s: infinite_unless((x != 0).sum(0) <= 2),
+        feasible=lambda x, s: largest_of(x, 2),
+        constraint=True,
+        has_strength=False,
+        shapes=((0, 3), (8, 0), (2, 4, 3)),
+        collectives=frozenset({"all-reduce", "all-gather", "collective-permute", "all-to-all"}),
+    ),
+    _penalty(
+        "HalfSpace",
+        lambda s: jaxreg.HalfSpace(NORMAL, s),
+        lambda x, s: infinite_unless((NORMAL * x).sum() - s <= 1e-5),
+        program=lambda cp, w, s: (0, [cp.sum(cp.multiply(NORMAL, w)) <= s]),
+        feasible=lambda x, s: x - max((NORMAL * x).sum() - s, 0) / (NORMAL**2).sum() * NORMAL,
+        constraint=True,
+        **FIXED_SHAPE,
+    ),
+    _penalty(
+        "Affine",
+        _affine,
+        lambda x, s: infinite_unless(
+            np.abs(EQUATIONS @ x.ravel() - np.array([s, 1.0, s])) <= 1e-4 * (1 + np.abs(x).max())
+        ),
+        program=lambda cp, w, s: (
+            0,
+            [EQUATIONS[:2] @ cp.vec(w, order="C") == np.array([s, 1.0])],
+        ),
+        feasible=solving,
+        constraint=True,
+        **FIXED_SHAPE,
+    ),
+    # Transformations
     _transform("clip_by_global_norm", jaxreg.clip_by_global_norm),
     _transform("l2_decay", jaxreg.l2_decay),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1)),
@@ -102,11 +342,13 @@ CASES: list[Case] = [
             optax.scale_by_adam(), 0.1, clip=1.0, l2=s, decay=s, penalty=jaxreg.L1(s)
         ),
     ),
+    # Losses and noise
     Case(
         "smoothed_cross_entropy",
         lambda s, x: jaxreg.smoothed_cross_entropy(x, jnp.arange(4) % 3, s),
     ),
     Case("dropout", lambda s, x: jaxreg.dropout(jax.random.key(0), x, s)),
 ]
+
 PENALTIES = [case for case in CASES if isinstance(case, PenaltyCase)]
 TRANSFORMS = [case for case in CASES if isinstance(case, TransformCase)]

@@ -189,6 +189,7 @@ BAD_INPUT = [
     ("compare --strength l2=nan", "--strength l2: got 'nan'", "a finite number"),
     ("compare --strength l2=1e39", "--strength l2: got '1e39'", "a finite number of 32 bits"),
     ("compare --strength l2=-1", "--strength l2: got -1.0", "a finite number >= 0"),
+    ("compare --strength weight_decay=-1", "--strength weight_decay: got -1.0", ">= 0"),
     ("compare --strength dropout=1", "--strength dropout: got 1.0", "[0, 1)"),
     ("compare --strength clip=0", "--strength clip: got 0.0", "a number > 0"),
     ("compare --strength none=1", "--strength: got 'none'", "l2, weight_decay, l1_prox"),

@@ -77,3 +77,14 @@ def test_under_jit_the_norm_of_a_sharded_gradient_is_global():
     assert state.norm == 8.0
     assert clipped.sharding.is_equivalent_to(sharding, 2)
     chex.assert_trees_all_close(clipped, jnp.full((16, 4), 0.125))
+
+
+def test_the_coefficient_says_what_became_of_a_non_finite_gradient():
+    assert clip(1.0, jnp.array([jnp.inf, 1.0]))[1].coefficient == 0
+    assert np.isnan(clip(1.0, jnp.array([jnp.nan, 1.0]))[1].coefficient)
+
+
+def test_a_leaf_that_is_not_a_floating_array_is_refused_at_init():
+    for leaf, given in ((jnp.arange(3), "int32 values"), (1.5, "1.5")):
+        with pytest.raises(ValueError, match=f"params: got {given} on the leaf w"):
+            jaxreg.clip_by_global_norm(1.0).init({"w": leaf})

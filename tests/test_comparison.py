@@ -230,3 +230,19 @@ def test_recipes_run_in_the_order_in_which_they_are_named():
 def test_a_strength_of_zero_is_a_strength():
     ((recipe, strength),) = comparison.choose(["l2"], {"l2": 0.0}, "regression")
     assert recipe.regularizers(strength).l2 == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((["l3"], {}), "recipes: got 'l3'"),
+        (([], {}), "recipes: got no name"),
+        ((["l2"], {"clip": 1.0}), "strength: got 'clip'"),
+        ((["l2"], {"l2": -1.0}), "strength l2: got -1.0"),
+    ],
+)
+def test_bad_choices_name_the_argument(arguments, said):
+    with pytest.raises(jaxreg.ArgumentError) as error:
+        comparison.choose(*arguments, "classification")
+    assert str(error.value).startswith(said)
+    assert error.value.name == said.partition(":")[0]

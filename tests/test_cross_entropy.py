@@ -100,6 +100,22 @@ def test_an_impossible_class_costs_nothing_without_smoothing():
     assert float(jaxreg.smoothed_cross_entropy(logits, q, 0.0)[0]) == pytest.approx(np.log(2))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_labels_that_do_not_sum_to_one_are_weights(smoothing):
+    logits = jnp.array([[2.0, 0.0, 0.0]])
+    for q in ([0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [1.0, 1.0, 0.5]):
+        loss = jaxreg.smoothed_cross_entropy(logits, jnp.array([q]), smoothing)
+        np.testing.assert_allclose(loss, oracle(logits, [q], smoothing), rtol=1e-6, atol=1e-7)
+
+
+def test_the_derivative_by_the_smoothing_is_right_at_zero():
+    logits, labels = jnp.array([[2.0, 0.0, 1.0]]), jnp.array([0])
+    by_smoothing = jax.grad(lambda e, x: jaxreg.smoothed_cross_entropy(x, labels, e)[0])
+    # L is affine in e: from the label's logit to the mean logit.
+    assert float(by_smoothing(0.0, logits)) == pytest.approx(2.0 - 1.0)
+    assert np.isfinite(by_smoothing(0.0, logits.at[0, 1].set(-jnp.inf)))
+
+
 def test_any_leading_shape():
     logits = jnp.zeros((2, 3, 4, 5))
     losses = jaxreg.smoothed_cross_entropy(logits, jnp.zeros((2, 3, 4), int))

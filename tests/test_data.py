@@ -178,28 +178,28 @@ def lines(*rows: str, header: str = "v,w") -> str:
 
 
 CSV_ERRORS = {
-    "empty file": ("", ["--data", "empty file 'table.csv'"]),
-    "blank file": ("\n\n", ["--data", "empty file"]),
-    "header only": (lines(), ["--data", "0 rows", "at least 8 rows"]),
-    "too few rows": (lines(*GOOD[:7]), ["--data", "7 rows", "at least 8 rows"]),
-    "no feature column": (lines(*"abababab", header="w"), ["--data", "at least one feature"]),
+    "empty file": ("", ["data", "empty file 'table.csv'"]),
+    "blank file": ("\n\n", ["data", "empty file"]),
+    "header only": (lines(), ["data", "0 rows", "at least 8 rows"]),
+    "too few rows": (lines(*GOOD[:7]), ["data", "7 rows", "at least 8 rows"]),
+    "no feature column": (lines(*"abababab", header="w"), ["data", "at least one feature"]),
     "duplicate column": (
         lines("1,2,a", header="v,v,w"),
-        ["--data", "'v' as the name of column 2", "a name of its own"],
+        ["data", "'v' as the name of column 2", "a name of its own"],
     ),
     "column without a name": (
         lines("0,1,a", header=",v,w"),
-        ["--data", "'' as the name of column 1", "a name of its own"],
+        ["data", "'' as the name of column 1", "a name of its own"],
     ),
-    "short row": (lines(*GOOD, "7"), ["--data", "1 cells in line 12", "2 cells"]),
-    "long row": (lines(GOOD[0], "1,2,a", *GOOD), ["--data", "3 cells in line 3", "2 cells"]),
-    "text": (lines(*GOOD, "x 7,a"), ["--data", "'x 7' in line 12, column 'v'", "finite number"]),
-    "nan": (lines(*GOOD, "NaN,a"), ["--data", "'NaN' in line 12, column 'v'"]),
-    "inf": (lines(*GOOD, "-inf,a"), ["--data", "'-inf' in line 12, column 'v'"]),
-    "too large": (lines(*GOOD, "1e39,a"), ["--data", "'1e39' in line 12, column 'v'"]),
-    "empty cell": (lines(*GOOD, " ,a"), ["--data", "an empty cell in line 12, column 'v'"]),
-    "empty target": (lines(*GOOD, "1,"), ["--data", "an empty cell in line 12, column 'w'"]),
-    "nan target": (lines(*GOOD, "1,nan"), ["--data", "'nan' in line 12, column 'w'"]),
+    "short row": (lines(*GOOD, "7"), ["data", "1 cells in line 12", "2 cells"]),
+    "long row": (lines(GOOD[0], "1,2,a", *GOOD), ["data", "3 cells in line 3", "2 cells"]),
+    "text": (lines(*GOOD, "x 7,a"), ["data", "'x 7' in line 12, column 'v'", "finite number"]),
+    "nan": (lines(*GOOD, "NaN,a"), ["data", "'NaN' in line 12, column 'v'"]),
+    "inf": (lines(*GOOD, "-inf,a"), ["data", "'-inf' in line 12, column 'v'"]),
+    "too large": (lines(*GOOD, "1e39,a"), ["data", "'1e39' in line 12, column 'v'"]),
+    "empty cell": (lines(*GOOD, " ,a"), ["data", "an empty cell in line 12, column 'v'"]),
+    "empty target": (lines(*GOOD, "1,"), ["data", "an empty cell in line 12, column 'w'"]),
+    "nan target": (lines(*GOOD, "1,nan"), ["data", "'nan' in line 12, column 'w'"]),
     "after blank lines": (lines("", "", *GOOD, "?,a"), ["'?' in line 14, column 'v'"]),
     "after a cell of two lines": (
         lines('1,"a\nb"', *GOOD, "?,a"),
@@ -210,22 +210,22 @@ CSV_ERRORS = {
         lines(*(f"{i},5;a" for i in range(9)), header="v;w"),
         ["'0,5' in line 2, column 'v'"],
     ),
-    "one class": (lines(*(f"{i},a" for i in range(9))), ["--data", "one class only, 'a'", "2"]),
+    "one class": (lines(*(f"{i},a" for i in range(9))), ["data", "one class only, 'a'", "2"]),
     "rare class": (
         lines(*GOOD, "1,c", "2,c"),
-        ["--data", "the class 'c' in 2 of 12 rows", "3 rows or more"],
+        ["data", "the class 'c' in 2 of 12 rows", "3 rows or more"],
     ),
     "constant target": (
         lines(*(f"{i},2.5" for i in range(9))),
-        ["--data", "the target 2.5 in every row", "varies"],
+        ["data", "the target 2.5 in every row", "varies"],
     ),
     "some text in a target of numbers": (
         lines(*(f"{i},{i}.5" for i in range(9)), "9,NA"),
-        ["--task", "'NA' in line 11, column 'w'", "a number there, or --task classification"],
+        ["task", "'NA' in line 11, column 'w'", "a number there, or the task classification"],
     ),
     "nearly half text in a target of numbers": (
         lines(*["1,2"] * 6, *["1,low"] * 5),
-        ["--task", "'auto' with 'low' in line 8, column 'w'"],
+        ["task", "'auto' with 'low' in line 8, column 'w'"],
     ),
 }
 
@@ -241,7 +241,7 @@ def test_csv_is_rejected_with_the_place_of_the_error(tmp_path, case):
 
 @pytest.mark.parametrize("content", ["é,w\n1,2\n".encode("latin-1"), TABLE.encode("utf-16")])
 def test_csv_that_is_not_utf8_is_rejected(tmp_path, content):
-    with pytest.raises(ArgumentError, match=r"--data: got 'table.csv', not readable.*UTF-8"):
+    with pytest.raises(ArgumentError, match=r"data: got 'table.csv', not readable.*UTF-8"):
         load(write(tmp_path, content), target="w")
 
 
@@ -251,7 +251,7 @@ def test_csv_with_a_cell_beyond_the_limit_of_the_csv_module_is_rejected(tmp_path
 
 
 def test_csv_without_a_target_lists_the_columns(tmp_path):
-    with pytest.raises(ArgumentError, match=r"--target: got nothing.*'a', 'b', 'label'") as error:
+    with pytest.raises(ArgumentError, match=r"target: got nothing.*'a', 'b', 'label'") as error:
         load(write(tmp_path, TABLE))
     message(error)
 
@@ -259,7 +259,7 @@ def test_csv_without_a_target_lists_the_columns(tmp_path):
 def test_missing_column_names_the_nearest_and_what_there_is(tmp_path):
     with pytest.raises(ArgumentError) as error:
         load(write(tmp_path, TABLE), target="lable")
-    assert "--target: got 'lable' (did you mean 'label'?)" in message(error)
+    assert "target: got 'lable' (did you mean 'label'?)" in message(error)
     assert "'a', 'b', 'label'" in message(error)
 
 
@@ -308,7 +308,7 @@ NPZ_ERRORS = {
 @pytest.mark.parametrize("case", NPZ_ERRORS)
 def test_npz_is_rejected_with_the_place_of_the_error(tmp_path, case):
     arrays, parts = NPZ_ERRORS[case]
-    with pytest.raises(ArgumentError, match="--data: got ") as error:
+    with pytest.raises(ArgumentError, match="data: got ") as error:
         load(save(tmp_path, **arrays))
     text = message(error)
     assert [part for part in parts if part not in text] == [], text
@@ -337,7 +337,7 @@ def damaged_archive(folder: Path) -> bytes:
 )
 def test_a_file_that_is_no_npz_archive_is_rejected(tmp_path, content):
     path = write(tmp_path, content(tmp_path), "bad.npz")
-    with pytest.raises(ArgumentError, match=r"--data: got 'bad.npz', not readable") as error:
+    with pytest.raises(ArgumentError, match=r"data: got 'bad.npz', not readable") as error:
         load(path)
     assert "an .npz file with arrays x" in message(error)
 
@@ -345,7 +345,7 @@ def test_a_file_that_is_no_npz_archive_is_rejected(tmp_path, content):
 def test_unknown_name_hints_at_the_nearest():
     with pytest.raises(ArgumentError) as error:
         load("digtis")
-    assert message(error).startswith("--data: got 'digtis' (did you mean 'digits'?); accepted: ")
+    assert message(error).startswith("data: got 'digtis' (did you mean 'digits'?); accepted: ")
     assert [name for name in NAMES if name not in message(error)] == []
 
 
@@ -358,37 +358,37 @@ def test_missing_file_and_folder_are_rejected(tmp_path):
 
 
 def test_wrong_extension_is_rejected(tmp_path):
-    with pytest.raises(ArgumentError, match=r"--data.*table\.parquet.*\.csv or \.npz") as error:
+    with pytest.raises(ArgumentError, match=r"data.*table\.parquet.*\.csv or \.npz") as error:
         load(write(tmp_path, TABLE, "table.parquet"))
     message(error)
 
 
 @pytest.mark.parametrize("source", ["digits", "arrays.npz"])
 def test_target_is_accepted_with_csv_only(source):
-    with pytest.raises(ArgumentError, match=r"--target: got 'y'.*\.csv file only"):
+    with pytest.raises(ArgumentError, match=r"target: got 'y'.*\.csv file only"):
         load(source, target="y")
 
 
 def test_unknown_task_is_rejected():
-    with pytest.raises(ArgumentError, match=r"--task: got 'regresion' \(did you mean 'regression'"):
+    with pytest.raises(ArgumentError, match=r"task: got 'regresion' \(did you mean 'regression'"):
         load("wine", task="regresion")  # pyright: ignore[reportArgumentType]
 
 
 def test_task_of_a_named_data_set_is_fixed():
     assert load("wine", task="classification").task == "classification"
-    with pytest.raises(ArgumentError, match=r"--task: got 'regression'.*classification, the task"):
+    with pytest.raises(ArgumentError, match=r"task: got 'regression'.*classification, the task"):
         load("wine", task="regression")
 
 
 def test_regression_on_text_is_rejected(tmp_path):
     with pytest.raises(ArgumentError) as error:
         load(write(tmp_path, TABLE), target="label", task="regression")
-    assert "--task: got 'regression' with 'no' in line 2, column 'label'" in message(error)
+    assert "task: got 'regression' with 'no' in line 2, column 'label'" in message(error)
 
 
 def test_named_data_without_scikit_learn_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ArgumentError, match="--data: got 'wine' without scikit-learn"):
+    with pytest.raises(ArgumentError, match="data: got 'wine' without scikit-learn"):
         load("wine")
     assert load("mnist1d").name == "mnist1d"
 

@@ -109,6 +109,23 @@ def test_bad_use_is_refused_with_the_arguments_name(make):
         tx.update(GRADS, tx.init(PARAMS))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda **k: jaxreg.weight_decay(0.1, 1.0, **k), lambda **k: jaxreg.l2_decay(0.1, **k)]
+)
+def test_a_selected_leaf_that_is_not_floating_is_refused_at_init(make):
+    params = {"kernel": jnp.ones((2, 2)), "count": jnp.arange(3)}
+    make().init(params)
+    with pytest.raises(ValueError, match="params: got int32 values on the leaf count"):
+        make(where=where.everything).init(params)
+
+
+def test_a_rate_and_a_strength_of_any_dtypes_go_together(strict):
+    tx = jaxreg.weight_decay(jnp.float32(0.5), rate=jnp.bfloat16(0.5))
+    w = jnp.ones((2, 2), jnp.bfloat16)
+    updates, _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
+    assert updates.tolist() == [[-0.25, -0.25]] * 2
+
+
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), "0.1"])
 def test_bad_strengths_are_refused(bad):
     with pytest.raises(ValueError, match="^strength: got"):

@@ -54,6 +54,11 @@ def test_evaluation_draws_nothing_and_training_needs_a_key(name):
         model(x, train=True)
 
 
+def test_sizes_may_be_numpy_numbers():
+    model = models.MLP((np.int64(3), 2), rngs=nnx.Rngs(0))
+    assert model(jnp.ones((1, 3))).shape == (1, 2)
+
+
 def test_without_dropout_training_needs_no_key():
     model = models.build("mlp", (8,), 10, 0.0, nnx.Rngs(0))
     chex.assert_trees_all_equal(model(jnp.ones((2, 8)), train=True), model(jnp.ones((2, 8))))
@@ -93,6 +98,12 @@ def test_sizes_follow_the_data(name, shape, kernels):
         (lambda r: models.MLP((3, 0), rngs=r), r"sizes: got \(3, 0\)"),
         (lambda r: models.MLP((3, 2), dropout_rate=1.0, rngs=r), "dropout_rate: got 1.0"),
         (lambda r: models.CNN((3,), 2, rngs=r), r"input_shape: got \(3,\)"),
+        (lambda r: models.MLP(3, rngs=r), "sizes: got 3"),
+        (lambda r: models.CNN((4, 0, 1), 2, rngs=r), r"input_shape: got \(4, 0, 1\)"),
+        (lambda r: models.CNN((4, 4, 1), 0, rngs=r), "outputs: got 0"),
+        (lambda r: models.CNN((4, 4, 1), 2, channels=(8, 0), rngs=r), r"channels: got \(8, 0\)"),
+        (lambda r: models.CNN((4, 4, 1), 2, channels=(), rngs=r), r"channels: got \(\)"),
+        (lambda r: models.build(3, (3,), 2, 0.0, r), "model: got 3; accepted: linear"),
         (lambda r: models.build("mpl", (3,), 2, 0.0, r), "model: got 'mpl' .did you mean 'mlp'"),
     ],
 )

@@ -68,3 +68,25 @@ def test_a_rate_outside_the_interval_is_refused(rate):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="x: got an array.*int32.*real floating"):
         jaxreg.dropout(KEY, jnp.arange(3), 0.5)
+
+
+@pytest.mark.parametrize("key", [None, 0, jnp.ones(2), jax.random.split(KEY, 2)])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="^key: got .*; accepted: one JAX random key"):
+        jaxreg.dropout(key, jnp.ones(3), 0.5)
+
+
+def test_a_raw_key_is_a_key():
+    jaxreg.dropout(jax.random.PRNGKey(0), jnp.ones(3), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_a_traced_rate_may_have_any_real_dtype(dtype):
+    jax.jit(jaxreg.dropout)(KEY, jnp.ones(3), jnp.zeros((), dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.bool_])
+def test_a_traced_rate_that_is_not_real_is_refused_by_its_dtype(dtype):
+    name = jnp.dtype(dtype).name
+    with pytest.raises(ValueError, match=rf"rate: got an array of shape \(\) and dtype {name};"):
+        jax.jit(jaxreg.dropout)(KEY, jnp.ones(3), jnp.zeros((), dtype))

@@ -1,5 +1,6 @@
 """Penalties: construction, selectors, and what peers get wrong."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,24 +12,75 @@ from jaxreg import where
 pytestmark = pytest.mark.core
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), True, "0.1", None, [0.1, 0.2]])
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), True, "0.1", None, [0.1, -0.2]])
 @pytest.mark.parametrize(
     ("make", "name"),
     [
         (jaxreg.L1, "strength"),
+        (jaxreg.NonNegativeL1, "strength"),
         (jaxreg.L2, "strength"),
         (lambda s: jaxreg.ElasticNet(s, 1.0), "l1"),
         (lambda s: jaxreg.ElasticNet(1.0, s), "l2"),
+        (jaxreg.MCP, "strength"),
+        (jaxreg.GroupLasso, "strength"),
+        (lambda s: jaxreg.SparseGroupLasso(1.0, s), "group"),
+        (jaxreg.L1Ball, "radius"),
+        (jaxreg.Simplex, "total"),
     ],
 )
 def test_a_bad_strength_names_the_argument_and_what_is_accepted(make, name, bad):
-    with pytest.raises(ValueError, match=rf"^{name}: got .*; accepted: a finite number >= 0\.$"):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*; accepted: .*finite numbers? >= 0"):
         make(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jaxreg.MCP(1.0, gamma=0.0), "gamma: got 0.0; accepted: a finite number > 0"),
+        (lambda: jaxreg.SCAD(1.0, a=1.0), "a: got 1.0; accepted: a finite number > 1"),
+        (lambda: jaxreg.LogSum(1.0, epsilon=-1), "epsilon: got -1.0; accepted"),
+        (lambda: jaxreg.TopK(-1), "k: got -1; accepted: a whole number >= 0"),
+        (lambda: jaxreg.TopK(2.5), "k: got 2.5; accepted: a whole number >= 0"),
+        (lambda: jaxreg.NM(5, 4), "n: got 5; accepted: a whole number <= m = 4"),
+        (lambda: jaxreg.NM(2, 0), "m: got 0; accepted: a whole number >= 1"),
+        (lambda: jaxreg.HalfSpace(np.zeros(3), 1.0), "normal: got an array of zeros"),
+        (lambda: jaxreg.HalfSpace([1.0, np.nan], 1.0), "normal: got an array that holds nan"),
+        (lambda: jaxreg.Affine([[1.0]], [np.inf]), "offset: got an array that holds inf"),
+        (lambda: jaxreg.L1(0.1) * -2, "multiplier: got -2.0; accepted: a finite number >= 0"),
+    ],
+)
+def test_a_bad_number_is_refused_at_construction(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        (jaxreg.NM(2, 4), r"m: got 4; accepted: a divisor of 6, the length of axis -2"),
+        (jaxreg.NM(2, 4, axis=2), r"axis: got 2; accepted: an axis of x, which has the shape"),
+        (jaxreg.HalfSpace([1.0, 1.0], 1.0), r"normal: .* accepted: an array of x's shape \(6, 2\)"),
+        (jaxreg.Affine(np.ones((1, 3)), [1.0]), r"matrix: .*accepted: .*\(equations, 12\)"),
+        (
+            jaxreg.Affine(np.ones((1, 12)), np.ones(2)),
+            r"offset: .*accepted: an array of shape \(1,\)",
+        ),
+        (
+            jaxreg.L1(np.ones(3)),
+            r"strength: .*accepted: a scalar or an array of x's shape \(6, 2\)",
+        ),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(penalty, message):
+    with pytest.raises(ValueError, match=message):
+        penalty.prox(jnp.ones((6, 2)))
 
 
 def test_a_strength_of_wrong_shape_is_refused_when_traced_too():
     with pytest.raises(ValueError, match=r"strength: got an array of shape \(2,\)"):
-        jax.jit(lambda s: jaxreg.L1(s).prox(jnp.ones(2)))(jnp.ones(2))
+        jax.jit(lambda s: jaxreg.L1(s).prox(jnp.ones(3)))(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"strength: got an array of shape \(2,\)"):
+        jax.jit(lambda s: jaxreg.L2(s).prox(jnp.ones(2)))(jnp.ones(2))
 
 
 def test_box_refuses_bounds_in_the_wrong_order():
@@ -111,3 +163,198 @@ def test_the_derivative_with_respect_to_the_strength_is_that_of_the_formula():
     x = jnp.array([-3.0, 0.25, 2.0])
     derivative = jax.jacobian(lambda s: jaxreg.L1(s).prox(x, 0.5))(1.0)
     assert derivative.tolist() == [0.5, 0.0, -0.5]
+
+
+def test_one_strength_a_coordinate():
+    strength, x = np.array([0.0, 1.0, 2.0]), jnp.array([1.0, -3.0, 1.5])
+    for penalty in (jaxreg.L1(strength), jaxreg.L1([0, 1, 2]), jaxreg.L1(jnp.asarray(strength))):
+        assert penalty.prox(x).tolist() == [1.0, -2.0, 0.0]
+        assert penalty.value(x) == 6.0
+        assert penalty.subdiff_distance(jnp.zeros(3), jnp.array([1.0, -1.0, 3.0])).tolist() == [
+            1,
+            0,
+            1,
+        ]
+        assert penalty.critical_multiplier(jnp.array([0.0, 3.0, 2.0])) == 3.0
+        assert penalty.critical_multiplier(jnp.ones(3)) == jnp.inf
+    assert jaxreg.NonNegativeL1(strength).prox(x).tolist() == [1.0, 0.0, 0.0]
+    mapped = jax.vmap(lambda s: jaxreg.L1(s).prox(x))(jnp.stack([strength, 0 * strength]))
+    assert mapped.tolist() == [[1.0, -2.0, 0.0], x.tolist()]
+
+
+# What peers get wrong --------------------------------------------------------------------------
+
+
+def objective(penalty, w, z, step):
+    return float(penalty.value(w)) + float(((w - z) ** 2).sum()) / (2 * step)
+
+
+def test_the_ridge_prox_minimizes_the_documented_value(x64):
+    penalty, z = jaxreg.L2(3.0), jnp.array([2.0])
+    w = penalty.prox(z, 1.0)
+    assert w[0] == 0.5
+    assert jax.grad(lambda w: penalty.value(w) + ((w - z) ** 2).sum() / 2)(w)[0] == 0
+
+
+@pytest.mark.parametrize("z", np.linspace(-6, 6, 25))
+@pytest.mark.parametrize(
+    ("penalty", "step"),
+    [
+        (jaxreg.SCAD(1.0, a=2.1), 2.0),
+        (jaxreg.SCAD(0.5, a=2.1), 30.0),
+        (jaxreg.MCP(1.0, gamma=1.2), 4.0),
+        (jaxreg.MCP(1.0, gamma=1.2), 1.2),
+        (jaxreg.LogSum(2.0, epsilon=0.1), 1.0),
+        (jaxreg.LogSum(0.5, epsilon=3.0), 10.0),
+    ],
+)
+def test_far_past_the_concavity_parameter_the_prox_is_the_global_minimizer(penalty, step, z, x64):
+    found = objective(penalty, penalty.prox(jnp.array([z]), step), z, step)
+    grid = jnp.linspace(-7, 7, 14001)[:, None]
+    best = float((jax.vmap(penalty.value)(grid) + (grid[:, 0] - z) ** 2 / (2 * step)).min())
+    assert found <= best + 1e-12
+
+
+def test_block_soft_thresholding_has_no_nan_at_zero_with_strength_zero():
+    zero = jnp.zeros((3, 2))
+    for penalty in (jaxreg.GroupLasso(0.0), jaxreg.L2Norm(0.0), jaxreg.SparseGroupLasso(0.0, 0.0)):
+        for step in (1.0, jnp.ones((3, 2)), jnp.zeros((3, 2))):
+            assert (penalty.prox(zero, step) == 0).all()
+            assert jnp.isfinite(jax.jacobian(penalty.prox)(zero, step)).all()
+        assert jnp.isfinite(jax.grad(penalty.value)(zero)).all()
+
+
+def test_a_traced_or_integer_strength_broadcasts_over_groups():
+    x = jnp.array([[3.0, 0.1], [4.0, 0.1]])
+    expected = [[1.5, 0.0], [2.0, 0.0]]
+    prox = jax.jit(lambda s: jaxreg.GroupLasso(s, weights=jnp.array([2.5, 1.0])).prox(x))
+    for strength in (1, 1.0, np.int32(1), jnp.float32(1)):
+        np.testing.assert_allclose(prox(strength), expected, rtol=1e-6)
+        eager = jaxreg.GroupLasso(strength, weights=[2.5, 1.0]).prox(x)
+        np.testing.assert_allclose(eager, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "ball"),
+    [
+        (jaxreg.L1(0.7), jaxreg.LInfBall(0.7)),
+        (jaxreg.LInf(0.7), jaxreg.L1Ball(0.7)),
+        (jaxreg.L2Norm(0.7), jaxreg.L2Ball(0.7)),
+    ],
+)
+def test_a_norm_and_the_ball_of_its_dual_add_up(norm, ball, x64):
+    """Moreau: prox_R(x) + projection on the dual ball = x; the two are written independently."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=50))
+    chex.assert_trees_all_close(norm.prox(x) + ball.prox(x), x, atol=1e-14)
+
+
+# Algebra ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "shown"),
+    [
+        (jaxreg.L1(0.1) + jaxreg.L1(0.2), "L1(0.30000000000000004)"),
+        (jaxreg.L1(0.1) + jaxreg.L2(0.2), "ElasticNet(0.1, 0.2)"),
+        (jaxreg.L2(0.2) + jaxreg.L1(0.1), "ElasticNet(0.1, 0.2)"),
+        (jaxreg.ElasticNet(0.1, 0.2) + jaxreg.L2(0.5), "ElasticNet(0.1, 0.7)"),
+        (jaxreg.NonNegative() + jaxreg.L1(0.1), "NonNegativeL1(0.1)"),
+        (jaxreg.Box(-1, 3) + jaxreg.LInfBall(2), "Box(-1.0, 2.0)"),
+        (jaxreg.Box(-1, 3) + jaxreg.NonNegative(), "Box(0.0, 3.0)"),
+        (jaxreg.L1(0.1) + jaxreg.GroupLasso(0.2), "SparseGroupLasso(0.1, 0.2)"),
+        (jaxreg.L1(0.1) + jaxreg.TotalVariation(0.2, axis=0), "FusedLasso(0.1, 0.2, axis=0)"),
+        (jaxreg.Huber(0.1) + jaxreg.Box(0, 1), "Huber(0.1) + Box(0.0, 1.0)"),
+        (jaxreg.MCP(0.1) + jaxreg.L2(0.5), "MCP(0.1) + L2(0.5)"),
+        (2 * jaxreg.L1(0.1), "L1(0.2)"),
+        (np.float64(2) * jaxreg.ElasticNet(0.1, 0.2), "ElasticNet(0.2, 0.4)"),
+        (jaxreg.MCP(0.1) * 2, "2.0 * MCP(0.1)"),
+        (3 * jaxreg.Box(0, 1), "Box(0.0, 1.0)"),
+        (2 * jaxreg.L1(0.1).on("a/**"), "L1(0.2).on(where.path('a/**'))"),
+    ],
+)
+def test_sums_and_multiples_are_of_the_simplest_class(total, shown):
+    assert repr(total) == shown
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (jaxreg.Huber(0.5), jaxreg.Box(-0.2, 1.0)),
+        (jaxreg.ElasticNet(0.3, 0.4), jaxreg.NonNegative()),
+        (jaxreg.L1(0.4), jaxreg.Box(0.5, 1.5)),
+        (jaxreg.GroupLasso(0.3), jaxreg.NonNegative()),
+        (jaxreg.SparseGroupLasso(0.2, 0.3), jaxreg.NonNegative()),
+        (jaxreg.L2Norm(0.6), jaxreg.NonNegative()),
+        (jaxreg.L1(0.2), jaxreg.GroupLasso(0.3)),
+        (jaxreg.L1(np.linspace(0, 1, 12).reshape(4, 3)), jaxreg.L2(0.5)),
+        (jaxreg.TotalVariation(0.4, axis=0), jaxreg.Box(-0.5, 0.5)),
+        (jaxreg.FusedLasso(0.1, 0.4, axis=0), jaxreg.NonNegative()),
+    ],
+)
+def test_the_prox_of_a_sum_is_that_of_both(a, b, x64):
+    """Douglas-Rachford splitting, which knows the two proxes alone, is the oracle."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    total = a + b
+    for step in [0.5, 5.0] + ([jnp.exp(x[::-1])] if total.elementwise_step else []):
+        own = 1 / (1 / step + 1.0)  # a, with the distance to x as a part of it, at step 1
+
+        def with_distance(z, step=step, own=own):
+            return a.prox(own * (x / step + z), own)
+
+        def iterate(_, z):
+            w = b.prox(z, jnp.ones_like(x) if b.elementwise_step else 1.0)
+            return z + with_distance(2 * w - z) - w
+
+        z = jax.lax.fori_loop(0, 3000, iterate, jnp.zeros_like(x))
+        w = b.prox(z)
+        chex.assert_trees_all_close(total.prox(x, step), w, atol=1e-9)
+        np.testing.assert_allclose(total.value(w), a.value(w) + b.value(w), rtol=1e-9)
+
+
+def test_a_bounded_penalty_has_its_own_subdifferential_and_critical_multiplier(x64):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    for total in (jaxreg.Huber(0.5) + jaxreg.Box(-0.2, 1.0), jaxreg.L1(0.3) + jaxreg.Box(-1, 0)):
+        w = total.prox(x, 0.7)
+        chex.assert_trees_all_close(
+            total.subdiff_distance(w, (w - x) / 0.7), jnp.zeros((4, 3)), atol=1e-12
+        )
+        assert (total.subdiff_distance(w, (w - x) / 0.7 + 9.0) > 0).any()
+        assert jnp.isinf(total.subdiff_distance(w + 5, x)).all()
+    held = jaxreg.L1(0.5) + jaxreg.Box(-1, 0)  # only a positive gradient can move 0
+    assert held.critical_multiplier(jnp.array([-9.0, 1.0])) == 2.0
+    assert (jaxreg.L1(0.5) + jaxreg.Box(1, 2)).critical_multiplier(jnp.ones(2)) == jnp.inf
+
+
+def test_a_multiple_has_its_own_subdifferential(x64):
+    for multiple, c in ((2.5 * jaxreg.MCP(0.4), 2.5), (0 * jaxreg.SCAD(0.4), 0.0)):
+        x = jnp.array([0.0, 0.3, 2.0])
+        w = multiple.prox(x, 0.7)
+        assert jnp.abs(multiple.subdiff_distance(w, (w - x) / 0.7)).max() < 1e-12
+        np.testing.assert_allclose(multiple.value(x), c * multiple.penalty.value(x))
+
+
+def test_a_sum_without_a_closed_form_is_refused():
+    for a, b in (
+        (jaxreg.GroupLasso(0.1), jaxreg.L2Norm(0.1)),
+        (jaxreg.MCP(0.1), jaxreg.L1(0.1)),
+        (jaxreg.L1Ball(1.0), jaxreg.L1(0.1)),
+        (jaxreg.GroupLasso(0.1), jaxreg.GroupLasso(0.1, groups=1)),
+    ):
+        with pytest.raises(
+            ValueError, match="penalty: got .* no closed form; accepted: any penalty"
+        ):
+            _ = a + b
+    with pytest.raises(ValueError, match=r"accepted: penalties for the same leaves: call \.on"):
+        _ = jaxreg.L1(0.1).on("a/**") + jaxreg.L2(0.1)
+    with pytest.raises(TypeError):
+        _ = jaxreg.L1(0.1) + 1
+
+
+def test_multiples_and_sums_take_traced_numbers():
+    x = jnp.array([-2.0, 0.5, 3.0])
+
+    def prox(c):
+        return ((c * jaxreg.MCP(0.5)) + jaxreg.L2(c)).prox(x)
+
+    chex.assert_trees_all_close(jax.jit(prox)(2.0), prox(2.0))
+    assert jnp.isfinite(jax.jacobian(prox)(2.0)).all()

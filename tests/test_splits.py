@@ -102,14 +102,14 @@ def test_rare_classes_keep_one_row_in_the_smallest_training_set():
     dataset = Dataset("made", "classification", table(112, 0).x, y, tuple("abcde"))
     parts = split(dataset, train_size=5, seeds=2)
     np.testing.assert_array_equal(np.sort(parts.train_y), [range(5)] * 2)
-    with pytest.raises(ArgumentError, match=r"--train-size: got 4; .*from 5 to "):
+    with pytest.raises(ArgumentError, match=r"train_size: got 4; .*from 5 to "):
         split(dataset, train_size=4, seeds=2)
 
 
 def test_largest_train_size_leaves_a_validation_row_for_every_class():
     dataset = table(15, classes=5)
     assert split(dataset, train_size=5, seeds=1).validation_y.shape == (1, 5)
-    with pytest.raises(ArgumentError, match=r"--train-size: got 6; .*from 5 to 5"):
+    with pytest.raises(ArgumentError, match=r"train_size: got 6; .*from 5 to 5"):
         split(dataset, train_size=6, seeds=1)
 
 
@@ -286,7 +286,7 @@ def test_the_largest_train_size_is_accepted_and_one_more_is_not(classes):
     least = classes or 2
     with pytest.raises(ArgumentError) as error:
         split(dataset, train_size=largest + 1, seeds=1)
-    assert f"--train-size: got 61; accepted: a whole number from {least} to 60" in message(error)
+    assert f"train_size: got 61; accepted: a whole number from {least} to 60" in message(error)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -297,16 +297,16 @@ def test_the_smallest_data_set_can_be_split(task):
 
 
 SPLIT_ERRORS = [
-    ({"train_size": 0}, "--train-size: got 0; accepted: a whole number from 3 to 18"),
-    ({"train_size": -4}, "--train-size: got -4;"),
-    ({"train_size": 2}, "--train-size: got 2;"),
-    ({"train_size": 7.5}, "--train-size: got 7.5;"),
-    ({"train_size": True}, "--train-size: got True;"),
-    ({"label_noise": 1.0}, r"--label-noise: got 1.0; accepted: a number in \[0, 1\)"),
-    ({"label_noise": -0.1}, "--label-noise: got -0.1;"),
-    ({"label_noise": float("nan")}, "--label-noise: got nan;"),
-    ({"seeds": 0}, "--seeds: got 0; accepted: a whole number >= 1"),
-    ({"seeds": 2.0}, "--seeds: got 2.0;"),
+    ({"train_size": 0}, "train_size: got 0; accepted: a whole number from 3 to 18"),
+    ({"train_size": -4}, "train_size: got -4;"),
+    ({"train_size": 2}, "train_size: got 2;"),
+    ({"train_size": 7.5}, "train_size: got 7.5;"),
+    ({"train_size": True}, "train_size: got True;"),
+    ({"label_noise": 1.0}, r"label_noise: got 1.0; accepted: a number in \[0, 1\)"),
+    ({"label_noise": -0.1}, "label_noise: got -0.1;"),
+    ({"label_noise": float("nan")}, "label_noise: got nan;"),
+    ({"seeds": 0}, "seeds: got 0; accepted: a whole number >= 1"),
+    ({"seeds": 2.0}, "seeds: got 2.0;"),
     ({"split_seed": -1}, "split_seed: got -1;"),
     ({"test_share": 0.0}, "test_share: got 0.0;"),
     ({"test_share": 1.0}, "test_share: got 1.0;"),

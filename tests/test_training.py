@@ -152,6 +152,7 @@ def test_scores_agree_with_scikit_learn():
         ((1, 0, 0.1), "batch_size: got 0"),
         ((1, 1.5, 0.1), "batch_size: got 1.5"),
         ((1, 1, 0.0), "learning_rate: got 0.0"),
+        ((1, 1, float("inf")), "learning_rate: got inf"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
@@ -183,3 +184,16 @@ def test_a_model_of_the_users_own_can_be_trained():
 
     fitted = training.fit_lanes(Own, make_lanes(), Regularizers(clip=1.0), SETTINGS)
     assert fitted.test_outputs.shape == (3, 30, 3)
+
+
+def test_a_model_with_variables_that_are_no_parameters_is_refused():
+    class Normalized(nnx.Module):
+        def __init__(self, rngs):
+            self.bn = nnx.BatchNorm(6, rngs=rngs)
+            self.out = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x, *, train=False, key=None):
+            return self.out(self.bn(x))
+
+    with pytest.raises(ValueError, match="make_model: got a model with the variable bn/mean"):
+        training.fit_lanes(Normalized, make_lanes(), PLAIN, SETTINGS)

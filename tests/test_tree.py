@@ -69,3 +69,11 @@ def test_float64_is_kept(x64):
     norm = jaxreg.global_norm({"a": jnp.ones(2, jnp.float64), "b": jnp.ones(2, jnp.float32)})
     assert norm.dtype == jnp.float64
     assert float(norm) == 2.0
+
+
+@pytest.mark.parametrize("bad", [np.arange(3), np.array([True])])
+def test_a_leaf_that_is_not_floating_is_named(bad):
+    with pytest.raises(
+        ValueError, match=f"tree: got {jnp.asarray(bad).dtype} values on the leaf a/0"
+    ):
+        jaxreg.global_norm({"a": [bad]})

@@ -1,6 +1,6 @@
 """Selectors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ PARAMS = {
 
 
 def chosen(selector, tree=PARAMS):
-    keyed, _ = jax.tree_util.tree_flatten_with_path(selector.mask(tree))
-    return {where.path_string(keys) for keys, selected in keyed if selected}
+    mask = selector.mask(tree)
+    return {p for p, yes in zip(where.paths(mask), jax.tree.leaves(mask), strict=True) if yes}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,15 @@ def test_kernels_are_found_in_flax_models_and_nothing_else():
     ("path", "shape", "expected"),
     [
         ("w", (3,), True),
-        ("weights", (3,), True),
+        ("weights", (3,), False),
+        ("weights", (3, 2), True),
+        ("layers/1/weight", (3,), False),  # the scale of a normalization in a list of layers
+        ("layers/w", (3,), True),
+        ("norm/inner/w", (3, 3), False),
+        ("stacked/linear/b", (6, 4), False),
+        ("normal_head/weight", (3, 3), True),
+        ("LayerNormalization_0/w", (3, 3), False),
+        ("posembed/table", (9, 3), False),
         ("coef", (3,), True),
         ("b", (3,), False),
         ("intercept", (), False),
@@ -147,6 +155,21 @@ def test_a_named_tuple_has_its_fields_for_paths():
     assert chosen(where.everything, tree) == {"kernel", "value"}
 
 
+def test_a_field_called_value_is_a_name_where_it_is_not_alone():
+    class KV(NamedTuple):
+        key: Any
+        value: Any
+
+    tree = {"attention": KV(jnp.ones((2, 2)), jnp.ones((2, 2)))}
+    assert where.paths(tree) == ["attention/key", "attention/value"]
+    assert chosen(where.path("**/value"), tree) == {"attention/value"}
+    nested = KV({"kernel": 1.0}, 2.0)
+    assert where.paths({"a": nested}) == ["a/key/kernel", "a/value"]
+    assert where.paths(jnp.ones(2)) == [""]
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    assert where.paths(nnx.state(model, nnx.Param)) == ["bias", "kernel"]
+
+
 def test_no_match_is_an_error_that_lists_the_paths():
     with pytest.raises(ValueError, match="matches no leaf.*embedding/kernel, layers/0/bias"):
         where.path("**/kernal").mask(PARAMS)
@@ -183,6 +206,8 @@ def test_selectors_written_alike_are_equal_and_hash_alike():
         (lambda: where.path(""), "pattern: got ''"),
         (lambda: where.path(3), "pattern: got 3"),
         (lambda: where.rank(at_least=1.5), "at_least: got 1.5"),
+        (lambda: where.rank(at_least=None), "at_least: got None"),
+        (lambda: where.rank(at_least=3, at_most=1), "at_most: got 1; accepted: .* >= 3"),
         (lambda: where.predicate("kernel"), "function: got 'kernel'"),
         (lambda: where.path("a") & 3, "where: got 3; accepted: a selector"),
     ],

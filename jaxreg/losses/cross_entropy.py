@@ -15,9 +15,11 @@ def smoothed_cross_entropy(
     r"""Cross-entropy against labels mixed with the uniform distribution over K classes.
 
     With q the labels' distribution and e the smoothing, $L = -\sum_k ((1 - e) q_k + e / K) \log
-    p_k$, where p = softmax(logits). As ``torch.nn.CrossEntropyLoss(label_smoothing=e)``. No
-    one-hot array is made for integer labels; sums are in float32 at least, and the row's maximum
-    is taken off first, so that a shift of the logits changes nothing but rounding.
+    p_k$, where p = softmax(logits). As ``torch.nn.CrossEntropyLoss(label_smoothing=e)``. Labels
+    q that sum to another number than 1 are taken as they are: without smoothing a row of zeros
+    costs nothing. No one-hot array is made for integer labels; sums are in float32 at least, and
+    the row's maximum is taken off first, so that a shift of the logits changes nothing but
+    rounding.
 
     Args:
         logits: unnormalized log-probabilities, shape (..., K), real floating.
@@ -54,21 +56,26 @@ def smoothed_cross_entropy(
     centered = centered - jnp.where(jnp.isfinite(largest), largest, 0)
     log_normalizer = jax.nn.logsumexp(centered, axis=-1)
     e = jnp.asarray(smoothing).astype(centered.dtype)
-    # With no smoothing a class of probability 0 costs nothing, where 0 * -inf would be NaN.
-    uniform_part = jnp.where(e > 0, e * jnp.mean(centered, axis=-1), 0)
-    return log_normalizer - (1 - e) * _expected_logit(centered, labels) - uniform_part
+    total, expected = _moments(labels, centered)
+    normalizer_part = _product((1 - e) * total + e, log_normalizer)
+    return normalizer_part - (1 - e) * expected - _product(e, jnp.mean(centered, axis=-1))
 
 
-def _expected_logit(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """sum_k q_k logits_k for the labels' distribution q."""
+def _product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """Weight * x, 0 where the weight is 0 and x infinite: what can't happen costs nothing."""
+    return weight * jnp.where((weight != 0) | jnp.isfinite(x), x, 0)
+
+
+def _moments(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """sum_k q_k and sum_k q_k logits_k for the labels' distribution q."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
         q = labels.astype(logits.dtype)
-        return jnp.sum(jnp.where(q == 0, 0, q * logits), axis=-1)
+        return jnp.sum(q, axis=-1), jnp.sum(_product(q, logits), axis=-1)
     at_label = jnp.take_along_axis(
         logits, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan
     )
     # Negative indices count from the end in "fill" mode too.
-    return jnp.where(labels < 0, jnp.nan, at_label[..., 0])
+    return jnp.ones((), logits.dtype), jnp.where(labels < 0, jnp.nan, at_label[..., 0])
 
 
 def _labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:

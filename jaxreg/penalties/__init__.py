@@ -5,9 +5,14 @@ from jaxreg.penalties.base import Penalty
 from jaxreg.penalties.cardinality import NM, TopK
 from jaxreg.penalties.constraints import Affine, Box, HalfSpace, LInfBall, NonNegative
 from jaxreg.penalties.group import GroupLasso, GroupMCP, GroupSCAD, L2Norm, SparseGroupLasso
+from jaxreg.penalties.joint import Joint
+from jaxreg.penalties.matrix import Nuclear, Orthogonal, Rank, SpectralBall
 from jaxreg.penalties.nonconvex import L0, MCP, SCAD, LHalf, LogSum, LTwoThirds
 from jaxreg.penalties.norms import ExclusiveLasso, LInf
+from jaxreg.penalties.ordered import SortedL1
+from jaxreg.penalties.overlapping import OverlappingGroupLasso
 from jaxreg.penalties.separable import L1, L2, ElasticNet, Huber, NonNegativeL1
+from jaxreg.penalties.variation import FusedLasso, TotalVariation
 
 __all__ = [
     "L0",
@@ -20,11 +25,13 @@ __all__ = [
     "Box",
     "ElasticNet",
     "ExclusiveLasso",
+    "FusedLasso",
     "GroupLasso",
     "GroupMCP",
     "GroupSCAD",
     "HalfSpace",
     "Huber",
+    "Joint",
     "L1Ball",
     "L2Ball",
     "L2Norm",
@@ -36,9 +43,16 @@ __all__ = [
     "MaxNorm",
     "NonNegative",
     "NonNegativeL1",
+    "Nuclear",
+    "Orthogonal",
+    "OverlappingGroupLasso",
     "Penalty",
+    "Rank",
     "Simplex",
+    "SortedL1",
     "SparseGroupLasso",
+    "SpectralBall",
     "TopK",
+    "TotalVariation",
     "UnitNorm",
 ]

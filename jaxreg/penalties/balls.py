@@ -119,7 +119,7 @@ class _NormBall(Constraint):
         outside = norm > radius
         if step.ndim == 0:
             scale = jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
-            return x * groups.spread(scale)
+            return groups.scaled(x, scale)
         # x / (1 + mu step), where mu makes the norm r. A group inside gets an equation that has a
         # root, and its result is not used.
         solvable = outside & (radius > 0)

@@ -12,6 +12,7 @@ everything about arguments happens here, once.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
@@ -59,6 +60,11 @@ class Penalty(abc.ABC):
     """The fields that R is linear in, together: c R has each of them c times as large. Empty for a
     constraint; None where c R is of another form."""
 
+    @property
+    def has_subdiff_distance(self) -> bool:
+        """Whether `subdiff_distance` has a direct form."""
+        return type(self)._subdiff_distance is not Penalty._subdiff_distance
+
     where: _where.Selector = dataclasses.field(
         default=_where.kernels,
         kw_only=True,
@@ -89,8 +95,7 @@ class Penalty(abc.ABC):
         Returns:
             A scalar.
         """
-        x = _tree.widen(self._gather("x", x))
-        return self._cast(x.dtype)._value(x)
+        return _compiled("_value", self, _tree.widen(self._gather("x", x)))
 
     def prox(self, x: Any, step: Any = 1.0) -> Any:
         r"""The proximal operator, $\arg\min_w R(w) + \sum_i (w_i - x_i)^2 / (2 \, step_i)$.
@@ -107,7 +112,7 @@ class Penalty(abc.ABC):
             An array of x's shape and dtype, computed in float32 at least and rounded once.
         """
         wide = _tree.widen(self._gather("x", x))
-        result = self._scatter(self._cast(wide.dtype)._prox(wide, self._step(step, wide)), x)
+        result = self._scatter(_compiled("_prox", self, wide, self._step(step, wide)), x)
         return jax.tree.map(lambda w, leaf: w.astype(jnp.asarray(leaf).dtype), result, x)
 
     def residual(self, x: Any, grad: Any, step: Any = 1.0) -> Any:
@@ -126,8 +131,9 @@ class Penalty(abc.ABC):
             An array of x's shape.
         """
         wide, grad = self._pair(x, grad)
-        penalty, step = self._cast(wide.dtype), self._step(step, wide)
-        return self._scatter((wide - penalty._prox(wide - step * grad, step)) / step, x)
+        step = self._step(step, wide)
+        moved = _compiled("_prox", self, wide - step * grad, step)
+        return self._scatter((wide - moved) / step, x)
 
     def subdiff_distance(self, x: Any, grad: Any) -> Any:
         r"""Distance of $-grad$ to the subdifferential $\partial R(x)$, for each coordinate.
@@ -146,7 +152,7 @@ class Penalty(abc.ABC):
             ValueError: where R is neither separable nor a sum over disjoint groups.
         """
         wide, grad = self._pair(x, grad)
-        return self._scatter(self._cast(wide.dtype)._subdiff_distance(wide, grad), x)
+        return self._scatter(_compiled("_subdiff_distance", self, wide, grad), x)
 
     def critical_multiplier(self, grad_at_zero: Any) -> jax.Array:
         r"""The smallest c at which x = 0 minimizes loss + c R: where regularization paths start.
@@ -161,7 +167,7 @@ class Penalty(abc.ABC):
             ValueError: where R is not convex.
         """
         grad = _tree.widen(self._gather("grad_at_zero", grad_at_zero))
-        return self._cast(grad.dtype)._critical_multiplier(grad)
+        return _compiled("_critical_multiplier", self, grad)
 
     def __mul__(self, multiplier: Any) -> "Penalty":
         from jaxreg.penalties import algebra  # which imports the penalties
@@ -231,9 +237,6 @@ class Penalty(abc.ABC):
             raise _check.ArgumentError("step", _check.describe(array), accepted)
         return array.astype(x.dtype)
 
-    def _cast(self, dtype: Any) -> Self:
-        return jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), self)
-
     def __repr__(self) -> str:
         shown = []
         for field in dataclasses.fields(self):
@@ -244,6 +247,57 @@ class Penalty(abc.ABC):
                 shown.append(f"{field.name}={text}")
         on = "" if self.where == _where.kernels else f".on({self.where!r})"
         return f"{type(self).__name__}({', '.join(shown)}){on}"
+
+
+def _compiled(method: str, penalty: Penalty, *arrays: jax.Array) -> jax.Array:
+    """A method on arrays of one dtype, with the penalty's numbers cast to it.
+
+    Compiled, so that outside of a user's own jit too it is one program, and its loops are compiled
+    once for each structure and shape.
+    """
+    on_device = jax.tree.map(lambda n: jnp.asarray(n) if np.ndim(n) else n, penalty)
+    return _call(method, on_device, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(method: str, penalty: Penalty, *arrays: jax.Array) -> jax.Array:
+    dtype = arrays[0].dtype
+    cast = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), penalty)
+    return getattr(cast, method)(*arrays)
+
+
+class Derived(Penalty):
+    """A penalty made of another one, ``penalty``, whose flags it has."""
+
+    scales = None
+    penalty: Penalty
+
+    @property
+    def convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.convex
+
+    @property
+    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.separable
+
+    @property
+    def sparse(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.sparse
+
+    @property
+    def elementwise_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.elementwise_step
+
+    @property
+    def has_subdiff_distance(self) -> bool:
+        return self.penalty.has_subdiff_distance
+
+
+def part(name: str, value: Any) -> Penalty:
+    """The check of a field that holds a penalty."""
+    if not isinstance(value, Penalty):
+        raise _check.ArgumentError(name, _check.describe(value), "a jaxreg penalty")
+    return value
 
 
 _P = TypeVar("_P", bound=Penalty)

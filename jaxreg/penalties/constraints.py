@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import _check
 from jaxreg.penalties.base import Penalty, number, penalty
@@ -59,24 +60,25 @@ def rounding(x: jax.Array) -> float:
     return 32 * float(jnp.finfo(x.dtype).eps) * max(1, x.size) ** 0.5
 
 
-class _Interval(Constraint):
+class Interval(Constraint):
     """Every coordinate in one interval."""
 
     convex, separable, elementwise_step = True, True, True
 
     @abc.abstractmethod
-    def _bounds(self) -> tuple[Any, Any]: ...
+    def bounds(self) -> tuple[Any, Any]:
+        """The lower and the upper bound."""
 
     def _contains(self, x: jax.Array) -> jax.Array:
-        lower, upper = self._bounds()
+        lower, upper = self.bounds()
         return (x >= lower) & (x <= upper)
 
     def _project(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.clip(x, *self._bounds())
+        return jnp.clip(x, *self.bounds())
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         # At the lower bound only an increase is allowed, at the upper one only a decrease.
-        lower, upper = self._bounds()
+        lower, upper = self.bounds()
         increase = jnp.where(x < upper, jnp.maximum(-grad, 0), 0)
         decrease = jnp.where(x > lower, jnp.maximum(grad, 0), 0)
         outside = (x < lower) | (x > upper)
@@ -84,7 +86,7 @@ class _Interval(Constraint):
 
 
 @penalty
-class Box(_Interval):
+class Box(Interval):
     r"""Every coordinate between two bounds, $lower \le x_i \le upper$.
 
     The prox is the clip to the bounds. Through ``optax.apply_updates`` a bound other than 0 holds
@@ -111,12 +113,12 @@ class Box(_Interval):
         if _check.is_concrete(lower) and _check.is_concrete(upper) and lower > upper:
             raise _check.ArgumentError("upper", repr(upper), f"a number >= lower = {lower}")
 
-    def _bounds(self) -> tuple[Any, Any]:
+    def bounds(self) -> tuple[Any, Any]:
         return self.lower, self.upper
 
 
 @penalty
-class NonNegative(_Interval):
+class NonNegative(Interval):
     r"""No coordinate below zero, $x_i \ge 0$.
 
     The prox is $\max(x, 0)$.
@@ -128,12 +130,12 @@ class NonNegative(_Interval):
 
     sparse = True
 
-    def _bounds(self) -> tuple[Any, Any]:
+    def bounds(self) -> tuple[Any, Any]:
         return 0, jnp.inf
 
 
 @penalty
-class LInfBall(_Interval):
+class LInfBall(Interval):
     r"""The ball of the maximum norm, $\max_i |x_i| \le r$.
 
     The prox is the clip to $[-r, r]$.
@@ -151,7 +153,7 @@ class LInfBall(_Interval):
 
     radius: Number
 
-    def _bounds(self) -> tuple[Any, Any]:
+    def bounds(self) -> tuple[Any, Any]:
         return -self.radius, self.radius
 
 
@@ -183,7 +185,7 @@ class HalfSpace(Constraint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _check.is_concrete(self.normal) and not jnp.any(self.normal != 0):
+        if _check.is_concrete(self.normal) and not np.any(np.asarray(self.normal)):
             raise _check.ArgumentError("normal", "an array of zeros", "one that is not all 0")
 
     def _contains(self, x: jax.Array) -> jax.Array:

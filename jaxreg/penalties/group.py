@@ -327,4 +327,4 @@ def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Ar
 
 def _rescaled(x: Array, norm: Array, new_norm: Array, groups: Grouping) -> Array:
     """X with each group's norm made the new one."""
-    return x * groups.spread(jnp.where(norm > 0, new_norm / jnp.where(norm > 0, norm, 1), 0))
+    return groups.scaled(x, jnp.where(norm > 0, new_norm / jnp.where(norm > 0, norm, 1), 0))

@@ -14,7 +14,8 @@ class ClipState(NamedTuple):
 
     Attributes:
         norm: the norm before clipping, a float32 scalar (float64 for 64-bit gradients).
-        coefficient: what the gradient was multiplied by, in (0, 1]; 1 where nothing was clipped.
+        coefficient: what the gradient was multiplied by, in (0, 1]; 1 where nothing was clipped,
+            0 where the norm is infinite, NaN where it is NaN.
     """
 
     norm: jax.Array
@@ -39,7 +40,8 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
         An optax transformation whose state is a `ClipState`; updates keep their dtype.
 
     Raises:
-        ValueError: where max_norm is 0, negative, NaN or no scalar.
+        ValueError: where max_norm is 0, negative, NaN or no scalar; at ``init`` where a leaf is not
+            a floating array.
 
     Source: R. Pascanu, T. Mikolov and Y. Bengio, *On the difficulty of training recurrent neural
     networks*, ICML 2013.
@@ -54,6 +56,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     max_norm = _check.positive("max_norm", max_norm)
 
     def init(params: optax.Params) -> ClipState:
+        _tree.check_floating("params", params)
         # Dtypes as `update` gives them, so that the state can be carried by lax.scan.
         norm = jnp.zeros_like(jax.eval_shape(_tree.global_norm, params))
         return ClipState(norm, jnp.ones_like(norm))
@@ -79,22 +82,16 @@ def coefficient(state: Any) -> jax.Array | float:
             ``optax.multi_transform``: one number can't say what it did.
     """
     partial = (optax.MaskedState, optax.MultiTransformState)
-    if any(_find(part, ClipState) for part in _find(state, partial)):
+    if any(_tree.nodes(part, ClipState) for part in _tree.nodes(state, partial)):
         raise _check.ArgumentError(
             "direction",
             "a clip of some leaves only, under optax.masked or multi_transform",
             "a clip of all leaves: the proximal step needs its coefficient for each leaf",
         )
     product: jax.Array | float = 1.0
-    for clip in _find(state, ClipState):
+    for clip in _tree.nodes(state, ClipState):
         product = product * clip.coefficient
     return product
-
-
-def _find(state: Any, kinds: Any) -> list[Any]:
-    """The outermost nodes of the given types in a state."""
-    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
-    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
 def _times(x: jax.Array, scalar: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Weight decay, in its two meanings: decoupled (after the learning rate) and coupled (before)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,8 +44,8 @@ def weight_decay(
 
     Raises:
         ValueError: where strength or rate is negative or NaN; at ``init`` where the selector
-            matches no leaf; at ``update`` where params are missing, or where `rate` is None and
-            nobody supplies the learning rate.
+            matches no leaf, or one that is not a floating array; at ``update`` where params are
+            missing, or where `rate` is None and nobody supplies the learning rate.
 
     Source: I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, ICLR 2019.
 
@@ -76,8 +77,13 @@ def weight_decay(
                 "None outside of jaxreg.regularize, where no learning rate is known",
                 "a number >= 0 or a schedule, such as the one the optimizer is given",
             )
-        amount = jnp.asarray(_at(own_rate, state.count)) * jnp.asarray(_at(strength, state.count))
-        return _add(updates, params, -amount, selector), _next(state)
+        factors = _at(own_rate, state.count), _at(strength, state.count)
+
+        def amount(dtype: Any) -> jax.Array:
+            first, second = (jnp.asarray(factor).astype(dtype) for factor in factors)
+            return -first * second
+
+        return _add(updates, params, amount, selector), _next(state)
 
     return optax.GradientTransformationExtraArgs(_init(selector), update)
 
@@ -91,6 +97,10 @@ def l2_decay(
     to the loss. Under an adaptive direction that is another thing than weight decay: coordinates
     with large gradients are shrunk less.
 
+    Behind a clip that is active, with coefficient c, the loss's gradient is c times as large and
+    this one is not: the minimizer is that of strength / c, as with ``clip_grad_norm_`` and the
+    ``weight_decay`` of an optimizer in torch. The penalty ``jaxreg.L2(strength)`` follows the clip.
+
     Args:
         strength: a number >= 0, a traced scalar, or a schedule.
         where: the leaves it is for: a selector or a path pattern; by default kernels.
@@ -100,7 +110,7 @@ def l2_decay(
 
     Raises:
         ValueError: where the strength is negative or NaN; at ``init`` where the selector matches
-            no leaf; at ``update`` where params are missing.
+            no leaf, or one that is not a floating array; at ``update`` where params are missing.
 
     >>> import jax, jax.numpy as jnp, jaxreg, optax
     >>> tx = optax.chain(jaxreg.l2_decay(0.1), optax.sgd(0.5))
@@ -116,14 +126,16 @@ def l2_decay(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, DecayState]:
         amount = jnp.asarray(_at(strength, state.count))
-        return _add(updates, params, amount, selector), _next(state)
+        return _add(updates, params, amount.astype, selector), _next(state)
 
     return optax.GradientTransformation(_init(selector), update)
 
 
 def _init(selector: _where.Selector) -> optax.TransformInitFn:
     def init(params: optax.Params) -> DecayState:
-        selector.mask(params)  # a selector without a match is an error before the first step
+        # A selector without a match is an error before the first step.
+        chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
+        _tree.check_floating("params", chosen)
         return DecayState(jnp.zeros((), jnp.int32))
 
     return init
@@ -132,7 +144,7 @@ def _init(selector: _where.Selector) -> optax.TransformInitFn:
 def _add(
     updates: optax.Updates,
     params: optax.Params | None,
-    amount: jax.Array,
+    amount: Callable[[Any], jax.Array],
     selector: _where.Selector,
 ) -> optax.Updates:
     """Updates + amount * params on the selected leaves, in the updates' dtype, rounded once."""
@@ -142,7 +154,7 @@ def _add(
         if not selected:
             return u
         dtype = _tree.wide_dtype(u.dtype)
-        return (u.astype(dtype) + amount.astype(dtype) * p.astype(dtype)).astype(u.dtype)
+        return (u.astype(dtype) + amount(dtype) * p.astype(dtype)).astype(u.dtype)
 
     return jax.tree.map(add, updates, params, selector.mask(params))
 

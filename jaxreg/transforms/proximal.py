@@ -6,7 +6,7 @@ left out, the same penalty would solve another problem: under Adam, whose output
 whatever the gradient's, thresholding by lr * strength makes the penalty vanish.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import where as _where
 from jaxreg.penalties.base import Penalty
+from jaxreg.penalties.placement import Place, as_penalties, places
 from jaxreg.transforms import clipping
 from jaxreg.transforms import metric as _metric
 
@@ -59,7 +60,7 @@ def proximal(
             these with `jaxreg.clip_by_global_norm` and `jaxreg.l2_decay` before them.
         learning_rate: a number >= 0, a traced scalar, or a schedule.
         penalty: one penalty or a sequence of them, each for the leaves it was put ``.on``
-            (kernels by default); at most one for each leaf.
+            (kernels by default); several on one leaf are added (``a + b``).
         metric: "auto", which recognises the directions named above and refuses all others; or a
             function ``(direction_state, params) -> gain`` such as ``jaxreg.metric.adam(b2=0.99)``.
         decay: a transformation between the learning rate and the penalty, such as
@@ -69,8 +70,11 @@ def proximal(
         An optax transformation with state `ProximalState`. ``update`` needs ``params``.
 
     Raises:
-        ValueError: where the metric can't be read; at ``init`` where a penalty matches no leaf,
-            two match the same one, or a leaf is not real floating; at ``update`` without params.
+        ValueError: where the metric can't be read; at ``init`` where a penalty matches no leaf or
+            does not fit one, two on one leaf have no closed-form sum, a leaf is not real floating,
+            a penalty without an elementwise step meets a metric that is elementwise, a leaf with
+            a penalty has no gain, or the direction is a whole optimizer; at ``update`` without
+            params.
 
     Sources: N. Parikh and S. Boyd, *Proximal Algorithms*, 2014; J. Yun, A. Lozano and E. Yang,
     *Adaptive proximal gradient methods for structured neural networks*, NeurIPS 2021.
@@ -84,7 +88,7 @@ def proximal(
     """
     learning_rate = _check.number_or_schedule("learning_rate", learning_rate)
     _metric.refuse_learning_rate(_check.transformation("direction", direction))
-    penalties = _as_tuple(penalty)
+    penalties = as_penalties(penalty)
     if metric == "auto":
         # Without a penalty no gain is needed, and any direction will do.
         metric = _metric.auto(direction) if penalties else _metric.sgd()
@@ -97,8 +101,13 @@ def proximal(
     after = optax.with_extra_args_support(after)
 
     def init(params: optax.Params) -> ProximalState:
-        _assign(penalties, params)
-        return ProximalState(jnp.zeros((), jnp.int32), direction.init(params), after.init(params))
+        _tree.check_floating("params", params)
+        _metric.refuse_descent(direction, params)
+        direction_state = direction.init(params)
+        gain = jax.eval_shape(metric, direction_state, params) if penalties else None
+        for place in places(penalties, params):
+            _refuse_gain(place, _per_leaf(gain, params), params)
+        return ProximalState(jnp.zeros((), jnp.int32), direction_state, after.init(params))
 
     def update(
         updates: optax.Updates,
@@ -126,14 +135,33 @@ def proximal(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _as_tuple(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
-    parts = (penalty,) if not isinstance(penalty, Sequence) else tuple(penalty)
-    for part in parts:
-        if not isinstance(part, Penalty):
+def _per_leaf(gain: Any, params: Any) -> list[Any]:
+    """The gain of each leaf: one serves all below it, and a MaskedNode stands for none."""
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    gains, treedef = jax.tree.flatten(gain, is_leaf=is_masked)
+    subtrees = treedef.flatten_up_to(params)
+    return [g for g, tree in zip(gains, subtrees, strict=True) for _ in jax.tree.leaves(tree)]
+
+
+def _refuse_gain(place: Place, gains: list[Any], params: Any) -> None:
+    """Raises where a leaf has no gain, or an elementwise one that its penalty can't work with."""
+    leaves = jax.tree.leaves(place.leaves)
+    for i in leaves:
+        if isinstance(gains[i], optax.MaskedNode):
             raise _check.ArgumentError(
-                "penalty", _check.describe(part), "a jaxreg penalty or a sequence of them"
+                "metric",
+                f"no gain for the leaf {_where.paths(params)[i]}",
+                "a gain for each leaf with a penalty: put the penalty .on the leaves that the "
+                "direction is for, or give a metric that has a gain for the others",
             )
-    return parts
+    elementwise = any(jnp.shape(gains[i]) for i in leaves)
+    if elementwise and not place.penalty.elementwise_step:
+        raise _check.ArgumentError(
+            "penalty",
+            f"{place.penalty!r}, which has no closed form in a diagonal metric",
+            "such a penalty with a direction of one gain a leaf, such as prox_sgd; with Adam, "
+            "penalties whose elementwise_step is True",
+        )
 
 
 def _prox_updates(
@@ -141,48 +169,34 @@ def _prox_updates(
 ) -> Any:
     """prox(p + u) - p on each leaf with a penalty; u on the others."""
     leaves, treedef = jax.tree.flatten(params)
-    moves = treedef.flatten_up_to(updates)
-    one_gain = jax.tree.structure(gain) == jax.tree.structure(0)
-    gains = [gain] * len(leaves) if one_gain else treedef.flatten_up_to(gain)
-    chosen = _assign(penalties, params)
+    moves, gains = treedef.flatten_up_to(updates), _per_leaf(gain, params)
+    targets = [_tree.widen(p) + u for p, u in zip(leaves, moves, strict=True)]
 
-    def move(p: jax.Array, u: jax.Array, g: Any, penalty: Penalty | None) -> jax.Array:
-        if penalty is None:
-            return u
-        target = _tree.widen(p) + u
-        metric_step = step.astype(target.dtype) * jnp.asarray(g).astype(target.dtype)
-        # Rounded to p's dtype before p is taken off. Where target and p are within a factor of 2
-        # the difference is exact, so that apply_updates gives the target rounded once; and a
-        # zero is -p exactly. (A float32 update for a bf16 weight would change the dtype of
-        # accumulators that are carried by lax.scan.)
-        return penalty.prox(target, metric_step).astype(p.dtype) - p
+    def metric_step(i: int) -> jax.Array:
+        dtype = targets[i].dtype
+        return step.astype(dtype) * jnp.asarray(gains[i]).astype(dtype)
 
-    moved = [move(*each) for each in zip(leaves, moves, gains, chosen, strict=True)]
-    return jax.tree.unflatten(treedef, moved)
+    for place in places(penalties, params):
+        moved = place.penalty.prox(place.of(targets), _step_of(place, metric_step, targets))
+        for i, w in zip(jax.tree.leaves(place.leaves), jax.tree.leaves(moved), strict=True):
+            # Rounded to p's dtype before p is taken off. Where target and p are within a factor
+            # of 2 the difference is exact, so that apply_updates gives the target rounded once;
+            # and a zero is -p exactly. (A float32 update for a bf16 weight would change the dtype
+            # of accumulators that are carried by lax.scan.)
+            moves[i] = w.astype(leaves[i].dtype) - leaves[i]
+    return jax.tree.unflatten(treedef, moves)
 
 
-def _assign(penalties: tuple[Penalty, ...], params: Any) -> list[Penalty | None]:
-    """The penalty of each leaf of params, at most one."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
-    chosen: list[Penalty | None] = [None] * len(keyed)
-    for penalty in penalties:
-        for i, selected in enumerate(jax.tree.leaves(penalty.where.mask(params))):
-            if not selected:
-                continue
-            from_path = f"on the leaf {_where.path_string(keyed[i][0])}"
-            if chosen[i] is not None:
-                raise _check.ArgumentError(
-                    "penalty",
-                    f"{chosen[i]!r} and {penalty!r}, both {from_path}",
-                    "one penalty a leaf: put them .on different leaves, or use one that is their "
-                    "sum, such as ElasticNet(l1, l2)",
-                )
-            if not jnp.issubdtype(keyed[i][1].dtype, jnp.floating):
-                raise _check.ArgumentError(
-                    "penalty", f"{keyed[i][1].dtype} values {from_path}", "real floating leaves"
-                )
-            chosen[i] = penalty
-    return chosen
+def _step_of(
+    place: Place, metric_step: Callable[[int], jax.Array], targets: list[jax.Array]
+) -> Any:
+    """The step of one leaf, or of several joint ones; one scalar where all have the same."""
+    if isinstance(place.leaves, int):
+        return metric_step(place.leaves)
+    steps = {name: metric_step(i) for name, i in place.leaves.items()}
+    if place.penalty.elementwise_step:
+        return {n: jnp.broadcast_to(steps[n], targets[i].shape) for n, i in place.leaves.items()}
+    return next(iter(steps.values()))
 
 
 def _scaled(u: jax.Array, rate: Number, p: jax.Array) -> jax.Array:

@@ -1,0 +1,109 @@
+"""Which penalty is for which leaves of a parameter tree."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check
+from jaxreg import where as _where
+from jaxreg.penalties.base import Penalty
+from jaxreg.penalties.joint import Joint
+
+
+class Place(NamedTuple):
+    """A penalty, and the numbers of the leaves it acts on: one, or a dict by the members' names."""
+
+    penalty: Penalty
+    leaves: int | dict[str, int]
+
+    def of(self, leaves: Sequence[Any]) -> Any:
+        """What the penalty's methods take, out of all leaves of a tree."""
+        return jax.tree.map(lambda i: leaves[i], self.leaves)
+
+
+def as_penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
+    """One penalty or a sequence of them as a tuple."""
+    parts = (penalty,) if not isinstance(penalty, Sequence) else tuple(penalty)
+    for part in parts:
+        if not isinstance(part, Penalty):
+            raise _check.ArgumentError(
+                "penalty", _check.describe(part), "a jaxreg penalty or a sequence of them"
+            )
+    return parts
+
+
+def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
+    """Where each penalty acts. Two on one leaf are added where their sum has a closed form.
+
+    Raises:
+        ValueError: where a penalty matches no leaf, does not fit a leaf's shape, two on one leaf
+            have no closed-form sum, or a leaf is not real floating.
+    """
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [_where.path_string(keys) for keys, _ in keyed]
+    placed: list[Place] = []
+    for penalty in penalties:
+        chosen = [i for i, yes in enumerate(jax.tree.leaves(penalty.where.mask(params))) if yes]
+        if isinstance(penalty, Joint):
+            new = [Place(penalty, family) for family in _families(penalty, chosen, paths)]
+        else:
+            new = [Place(penalty, i) for i in chosen]
+        for place in new:
+            placed = _with(placed, place, paths)
+    for place in placed:
+        for i in jax.tree.leaves(place.leaves):
+            if not jnp.issubdtype(keyed[i][1].dtype, jnp.floating):
+                given = f"{keyed[i][1].dtype} values on the leaf {paths[i]}"
+                raise _check.ArgumentError("penalty", given, "real floating leaves")
+        # A shape that does not fit is an error of the penalty's own.
+        jax.eval_shape(place.penalty.value, place.of([leaf for _, leaf in keyed]))
+    return placed
+
+
+def _with(placed: list[Place], place: Place, paths: list[str]) -> list[Place]:
+    """The places with one more, added to the one that is on the same leaves."""
+    own = set(jax.tree.leaves(place.leaves))
+    for k, other in enumerate(placed):
+        shared = own & set(jax.tree.leaves(other.leaves))
+        if not shared:
+            continue
+        if other.leaves == place.leaves:
+            first = other.penalty.on(place.penalty.where)
+            try:
+                total = Place(first + place.penalty, place.leaves)
+            except _check.ArgumentError:
+                total = None
+            if total is not None:
+                return [*placed[:k], total, *placed[k + 1 :]]
+        raise _check.ArgumentError(
+            "penalty",
+            f"{other.penalty!r} and {place.penalty!r}, both on the leaf {paths[min(shared)]}",
+            "one penalty a leaf, or several whose sum has a closed-form prox: put them .on "
+            "different leaves",
+        )
+    return [*placed, place]
+
+
+def _families(penalty: Joint, chosen: list[int], paths: list[str]) -> list[dict[str, int]]:
+    """The leaves that each group of a joint penalty spans, found from its first member."""
+    number = {path: i for i, path in enumerate(paths)}
+    first, *others = [name for name, _ in penalty.members]
+    families = []
+    for i in chosen:
+        parent = paths[i].removesuffix(first)
+        if parent == paths[i] or (parent and not parent.endswith("/")):
+            continue
+        missing = [name for name in others if parent + name not in number]
+        if missing:
+            accepted = f"a tree with the leaf {parent + missing[0]} beside it"
+            raise _check.ArgumentError("members", f"the leaf {paths[i]}", accepted)
+        families.append({first: i, **{name: number[parent + name] for name in others}})
+    covered = {i for family in families for i in family.values()}
+    rest = [paths[i] for i in chosen if i not in covered]
+    if rest or not families:
+        listed = ", ".join(rest[:5]) or "no leaf"
+        accepted = f"leaves called {first} and their partners: choose with .on(...)"
+        raise _check.ArgumentError("where", f"{penalty.where!r}, which selects {listed}", accepted)
+    return families
