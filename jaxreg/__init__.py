@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from jaxreg.penalties import SpectralBall as SpectralBall
     from jaxreg.penalties import TopK as TopK
     from jaxreg.penalties import TotalVariation as TotalVariation
+    from jaxreg.penalties import TotalVariation2D as TotalVariation2D
     from jaxreg.penalties import UnitNorm as UnitNorm
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
     from jaxreg.transforms import l2_decay as l2_decay
@@ -107,6 +108,7 @@ _HOMES = {
     "SortedL1": "jaxreg.penalties",
     "SpectralBall": "jaxreg.penalties",
     "TotalVariation": "jaxreg.penalties",
+    "TotalVariation2D": "jaxreg.penalties",
     "clip_by_global_norm": "jaxreg.transforms",
     "dropout": "jaxreg.noise",
     "global_norm": "jaxreg._tree",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import norm
 
 import jaxreg
 
@@ -60,6 +61,8 @@ class PenaltyCase(Case):
     shapes: tuple[tuple[int, ...], ...] = dataclasses.field(
         kw_only=True, default=((), (0,), (2, 0, 3), (5,))
     )
+    accuracy: float = dataclasses.field(kw_only=True, default=1e-12)
+    """Of the prox in float64, where it is iterative."""
     collectives: frozenset[str] = dataclasses.field(kw_only=True, default=frozenset())
     """What the prox of a sharded array may use."""
 
@@ -89,6 +92,9 @@ def _transform(name: str, make: Callable[[Any], optax.GradientTransformation]) -
 
 ONE_GROUP = {"shapes": ((), (0,), (2, 0, 3), (5,)), "collectives": frozenset({"all-reduce"})}
 UNITS = {"shapes": ((0, 3), (3, 0), (2, 0, 3), (5, 2)), "collectives": frozenset({"all-reduce"})}
+GATHERED = frozenset({"all-reduce", "all-gather", "all-to-all", "collective-permute"})
+LINES = {"shapes": ((0, 3), (3, 0), (1, 3), (2, 3, 2), (5,)), "collectives": GATHERED}
+MATRICES = {"shapes": ((0, 3), (2, 0, 3), (1, 1), (2, 4, 3)), "collectives": GATHERED}
 FIXED_SHAPE = {"shapes": (), "collectives": frozenset({"all-reduce", "all-gather"})}
 
 
@@ -138,6 +144,50 @@ EQUATIONS = np.stack([np.ones(12), np.linspace(-1, 1, 12), np.ones(12)])  # two 
 def solving(x: np.ndarray, s: float) -> np.ndarray:
     offset = np.array([s, 1.0, s])
     return x - (np.linalg.pinv(EQUATIONS) @ (EQUATIONS @ x.ravel() - offset)).reshape(x.shape)
+
+
+BH_WEIGHTS = norm.isf(0.1 * np.arange(1, 13) / 24) / norm.isf(0.1 / 24)
+COVER = [list(range(7)), list(range(5, 12))]  # two groups that share two coordinates
+
+
+def sorted_l1(cp: Any, w: Any, s: float) -> tuple[Any, list[Any]]:
+    falls = BH_WEIGHTS - np.append(BH_WEIGHTS[1:], 0)
+    terms = [fall * cp.sum_largest(cp.abs(w), i + 1) for i, fall in enumerate(falls)]
+    return s * sum(terms), []
+
+
+def latent_value(x: np.ndarray, s: float) -> float:
+    """The two latent vectors part the shared coordinates like a path with a reflection."""
+    a, shared, b = (np.linalg.norm(part) for part in np.split(x.ravel(), [5, 7]))
+    return s * np.hypot(a + b, shared)
+
+
+def latent(cp: Any, w: Any, s: float) -> tuple[Any, list[Any]]:
+    first, second = cp.Variable(12), cp.Variable(12)
+    split = [first + second == cp.vec(w, order="C"), first[7:] == 0, second[:5] == 0]
+    return s * (cp.norm(first) + cp.norm(second)), split
+
+
+def image_variation(x: np.ndarray) -> float:
+    down = np.pad(np.diff(x, axis=0), ((0, 1), (0, 0)))
+    right = np.pad(np.diff(x, axis=1), ((0, 0), (0, 1)))
+    return np.sqrt(down**2 + right**2).sum()
+
+
+def image_program(cp: Any, w: Any, s: float) -> tuple[Any, list[Any]]:
+    down = cp.vstack([cp.diff(w, axis=0), np.zeros((1, 3))])
+    right = cp.hstack([cp.diff(w, axis=1), np.zeros((4, 1))])
+    both = cp.vstack([cp.vec(down, order="C"), cp.vec(right, order="C")])
+    return s * cp.sum(cp.norm(both, 2, axis=0)), []
+
+
+def singular(x: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(x, compute_uv=False)
+
+
+def with_singular(x: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    u, values, vt = np.linalg.svd(x, full_matrices=False)
+    return u * change(values) @ vt
 
 
 def _affine(s: Any) -> jaxreg.Penalty:
@@ -217,7 +267,82 @@ CASES: list[Case] = [
         **ONE_GROUP,
     ),
     Case("Joint", _joint),
+    _penalty(
+        "OverlappingGroupLasso",
+        lambda s: jaxreg.OverlappingGroupLasso(s, COVER, weights=[1.0, 1.0]),
+        latent_value,
+        program=latent,
+        **FIXED_SHAPE,
+    ),
+    # Order, matrices, variation
+    _penalty(
+        "SortedL1",
+        jaxreg.SortedL1,
+        lambda x, s: s * (BH_WEIGHTS[: x.size] * np.sort(np.abs(x).ravel())[::-1]).sum(),
+        program=sorted_l1,
+        shapes=((), (0,), (2, 0, 3), (5,)),
+        collectives=GATHERED,
+    ),
+    _penalty(
+        "Nuclear",
+        jaxreg.Nuclear,
+        lambda x, s: s * singular(x).sum(),
+        program=lambda cp, w, s: (s * cp.normNuc(w), []),
+        **MATRICES,
+    ),
+    _penalty(
+        "TotalVariation",
+        lambda s: jaxreg.TotalVariation(s, axis=0),
+        lambda x, s: s * np.abs(np.diff(x, axis=0)).sum(),
+        program=lambda cp, w, s: (s * cp.sum(cp.abs(cp.diff(w, axis=0))), []),
+        **LINES,
+    ),
+    _penalty(
+        "FusedLasso",
+        lambda s: jaxreg.FusedLasso(s / 2, s, axis=0),
+        lambda x, s: s / 2 * np.abs(x).sum() + s * np.abs(np.diff(x, axis=0)).sum(),
+        program=lambda cp, w, s: (
+            s / 2 * cp.sum(cp.abs(w)) + s * cp.sum(cp.abs(cp.diff(w, axis=0))),
+            [],
+        ),
+        **LINES,
+    ),
+    _penalty(
+        "TotalVariation2D",
+        lambda s: jaxreg.TotalVariation2D(s, tolerance=1e-15),
+        lambda x, s: s * image_variation(x),
+        program=image_program,
+        accuracy=1e-6,
+        **MATRICES,
+    ),
     # Constraints
+    _penalty(
+        "Rank",
+        lambda s: jaxreg.Rank(2),
+        lambda x, s: infinite_unless(singular(x)[2:] <= 1e-5 * singular(x)[0]),
+        feasible=lambda x, s: with_singular(x, lambda v: v * (np.arange(v.size) < 2)),
+        constraint=True,
+        has_strength=False,
+        **MATRICES,
+    ),
+    _penalty(
+        "SpectralBall",
+        jaxreg.SpectralBall,
+        lambda x, s: at_most(singular(x), s),
+        program=lambda cp, w, s: (0, [cp.sigma_max(w) <= s]),
+        feasible=lambda x, s: with_singular(x, lambda v: np.minimum(v, s * (1 - 1e-7))),
+        constraint=True,
+        **MATRICES,
+    ),
+    _penalty(
+        "Orthogonal",
+        lambda s: jaxreg.Orthogonal(),
+        lambda x, s: infinite_unless(np.abs(x.T @ x - np.eye(3)) <= 1e-5),
+        feasible=lambda x, s: with_singular(x, np.ones_like),
+        constraint=True,
+        has_strength=False,
+        **MATRICES,
+    ),
     _penalty(
         "NonNegative",
         lambda s: jaxreg.NonNegative(),

@@ -13,6 +13,7 @@ from jaxreg.penalties.ordered import SortedL1
 from jaxreg.penalties.overlapping import OverlappingGroupLasso
 from jaxreg.penalties.separable import L1, L2, ElasticNet, Huber, NonNegativeL1
 from jaxreg.penalties.variation import FusedLasso, TotalVariation
+from jaxreg.penalties.variation2d import TotalVariation2D
 
 __all__ = [
     "L0",
@@ -54,5 +55,6 @@ __all__ = [
     "SpectralBall",
     "TopK",
     "TotalVariation",
+    "TotalVariation2D",
     "UnitNorm",
 ]

@@ -62,8 +62,11 @@ def _fit(y: jax.Array) -> tuple[jax.Array, jax.Array]:
         halves = fit.reshape(-1, 2, h)
         left, right = halves[:, 0], halves[:, 1]
         violated = left[:, -1:] < right[:, :1]
-        slope = _tangent(jnp.stack([-left[:, ::-1], right]))[:, None]
-        slope = jnp.where(violated, slope, left[:, -1:])  # which changes nothing
+        # From the left half's end, what is pooled is no farther than the size of the violation:
+        # sums of the differences lose no digits to what the entries have in common.
+        end = left[:, -1:]
+        rise = _tangent(jnp.stack([end - left[:, ::-1], right - end]))[:, None]
+        slope = end + jnp.where(violated, rise, 0)
         merged = jnp.concatenate([jnp.maximum(left, slope), jnp.minimum(right, slope)], 1)
         # Two halves are merged at one place only, so that place names the block.
         place = fit.size + h + 2 * h * jnp.arange(len(left), dtype=jnp.int32)[:, None]
@@ -243,8 +246,9 @@ class SortedL1(Penalty):
         size = (sign * x).ravel()
         order = jnp.argsort(jax.lax.stop_gradient(size), descending=True)
         shrunk = isotonic(size[order] - step * self.strength * self._weights(x))
-        kept = jnp.zeros_like(size).at[order].set(jnp.maximum(shrunk, 0), unique_indices=True)
-        return sign * kept.reshape(x.shape)
+        kept = jnp.where(shrunk < 0, 0, shrunk)  # not jnp.maximum, whose derivative at 0 is 1/2
+        result = jnp.zeros_like(size).at[order].set(kept, unique_indices=True)
+        return sign * result.reshape(x.shape)
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         # The dual norm: partial sums of the gradient over those of the weights.

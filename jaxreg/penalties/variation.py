@@ -41,8 +41,8 @@ class TotalVariation(Penalty):
     r"""Total variation along an axis, $R(x) = s \sum_i |x_{i+1} - x_i|$: piecewise constant x.
 
     Summed over the lines along the axis. Its prox is exact, for one step a coordinate too, and as
-    fast as one to fifteen sorts of x. Its derivative is that of the means over the pieces. On an
-    array that is sharded along `axis`, or along several axes, XLA gathers x (an all-gather).
+    fast as one to fifteen sorts of x. Its derivative is that of the means over the pieces. A
+    sharded array is gathered (an all-gather); the result has its sharding.
     Source: L. Rudin, S. Osher and E. Fatemi, *Nonlinear total variation based noise removal
     algorithms*, Physica D 60, 1992.
 
@@ -201,7 +201,9 @@ def _prox_along(x: jax.Array, axis: int, strength: Number, step: jax.Array) -> j
     inside = jnp.arange(x.size) % length < length - 1
     pull = strength * (unit if step.ndim else step)
     solution = _prox_lines(lines.ravel(), jnp.moveaxis(weight, axis, -1).ravel(), pull, inside)
-    return jnp.moveaxis(solution.reshape(lines.shape), -1, axis)
+    solution = jnp.moveaxis(solution.reshape(lines.shape), -1, axis)
+    # Elementwise in x, so that the result is sharded as x is.
+    return jnp.where(jnp.isnan(x), x, solution)
 
 
 @jax.jit
