@@ -31,7 +31,7 @@ class ReportFolder:
 
         def reject(why: str) -> NoReturn:
             accepted = "a folder that is new, empty, or holds an earlier jaxreg report"
-            raise _check.ArgumentError("--out", f"{given!r}, {why}", accepted)
+            raise _check.ArgumentError("out", f"{given!r}, {why}", accepted)
 
         try:
             earlier = self._holds_a_report()

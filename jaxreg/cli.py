@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail(BAD_INPUT, f"error: {error}")
     except _check.ArgumentError as error:
-        option, *recipe = error.name.removeprefix("--").split(" ")  # such as "strength l1_prox"
+        option, *recipe = error.name.split(" ")  # such as "strength l1_prox"
         name = " ".join(["--" + option.replace("_", "-"), *recipe])
         return _fail(BAD_INPUT, f"error: {_check.ArgumentError(name, error.given, error.accepted)}")
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """The package's own structure: what imports what, and what an import loads."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,14 @@ def test_public_objects_have_docstrings_with_an_example():
         assert doc, name
         if name not in ("groups", "metric", "where"):  # modules, whose functions have their own
             assert ">>>" in doc, name
+
+
+def test_the_readme_has_the_current_table_of_penalties():
+    readme = PACKAGE.parent / "README.md"
+    spec = importlib.util.spec_from_file_location("reference", PACKAGE.parent / "docs/reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    text = readme.read_text()
+    assert reference.with_table(text) == text, "run python docs/reference.py"
+    for name in ("L1", "GroupLasso", "SortedL1", "Affine"):
+        assert f"| `{name}(" in text

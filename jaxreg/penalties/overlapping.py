@@ -219,12 +219,8 @@ def _multipliers(problem: _Problem) -> Array:
         mu, best, error, count = state
         return *attempt(mu, best, error), count + 1
 
-    point = _interior_start(fixed)
-    state = (
-        point,
-        *attempt(point.mu, point.mu, jnp.full((), jnp.inf, problem.squares.dtype))[1:],
-        0,
-    )
+    point, infinity = _interior_start(fixed), jnp.full((), jnp.inf, problem.squares.dtype)
+    state = (point, point.mu, infinity, 0)
     near = lax.while_loop(lambda s: (s[2] > eps**0.5) & (s[3] < MAX_INTERIOR), approach, state)
     state = (near[1], near[1], near[2], 0)
     best = lax.while_loop(lambda s: (s[2] > 16 * eps) & (s[3] < MAX_NEWTON), improve, state)[1]

@@ -41,8 +41,7 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
         ValueError: where a penalty matches no leaf, does not fit a leaf's shape, two on one leaf
             have no closed-form sum, or a leaf is not real floating.
     """
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = [_where.path_string(keys) for keys, _ in keyed]
+    leaves, paths = jax.tree.leaves(params), _where.paths(params)
     placed: list[Place] = []
     for penalty in penalties:
         chosen = [i for i, yes in enumerate(jax.tree.leaves(penalty.where.mask(params))) if yes]
@@ -54,11 +53,11 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
             placed = _with(placed, place, paths)
     for place in placed:
         for i in jax.tree.leaves(place.leaves):
-            if not jnp.issubdtype(keyed[i][1].dtype, jnp.floating):
-                given = f"{keyed[i][1].dtype} values on the leaf {paths[i]}"
+            if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
+                given = f"{leaves[i].dtype} values on the leaf {paths[i]}"
                 raise _check.ArgumentError("penalty", given, "real floating leaves")
         # A shape that does not fit is an error of the penalty's own.
-        jax.eval_shape(place.penalty.value, place.of([leaf for _, leaf in keyed]))
+        jax.eval_shape(place.penalty.value, place.of(leaves))
     return placed
 
 
