@@ -7,7 +7,6 @@ table there. A library that is not installed leaves its column empty.
     python -m bench.penalties [--quick] [--out bench/results]
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,30 +19,13 @@ import optax
 
 import jaxreg
 from bench import peers, timing
-from jaxreg import groups, penalties
+from jaxreg import groups
 
 Shape = tuple[int, ...]
 Arrays = tuple[np.ndarray, ...]
 
 STEP = 0.5
 VECTORS = tuple((n,) for n in (10**3, 10**4, 10**5, 10**6, 10**7))
-
-
-class Missing(Exception):
-    """A penalty that jaxreg doesn't have."""
-
-
-class _Jaxreg:
-    """Penalties by name, and `Missing` for those that jaxreg doesn't have yet."""
-
-    def __getattr__(self, name: str) -> Any:
-        for home in (jaxreg, penalties):
-            if hasattr(home, name):
-                return getattr(home, name)
-        raise Missing(name)
-
-
-J = _Jaxreg()
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -120,14 +102,14 @@ PROX, PROJECTION, PYPROXIMAL = peers.jaxopt_prox, peers.jaxopt_projection, peers
 OPERATORS = [
     Operator(
         "L1",
-        lambda x: J.L1(0.5),
+        lambda x: jaxreg.L1(0.5),
         jaxopt=lambda x: PROX.prox_lasso(x, 0.5, STEP),
         skglm=lambda x: SIMPLE("L1", 0.5),
         pyproximal=lambda x: PYPROXIMAL.L1(0.5).prox,
     ),
     Operator(
         "L1, weighted",
-        lambda x, w: J.L1(w),
+        lambda x, w: jaxreg.L1(w),
         jaxopt=lambda x, w: PROX.prox_lasso(x, w, STEP),
         skglm=lambda x, w: SIMPLE("WeightedL1", 1.0, w),
         pyproximal=lambda x, w: PYPROXIMAL.L1(w).prox,
@@ -136,36 +118,38 @@ OPERATORS = [
     ),
     Operator(
         "ElasticNet",
-        lambda x: J.ElasticNet(0.5, 0.25),
+        lambda x: jaxreg.ElasticNet(0.5, 0.25),
         jaxopt=lambda x: PROX.prox_elastic_net(x, (0.5, 0.5), STEP),
         skglm=lambda x: SIMPLE("L1_plus_L2", 0.75, 2 / 3),
     ),
     Operator(
         "NonNegativeL1",
-        lambda x: J.NonNegativeL1(0.5),
+        lambda x: jaxreg.NonNegativeL1(0.5),
         jaxopt=lambda x: PROX.prox_non_negative_lasso(x, 0.5, STEP),
         skglm=lambda x: SIMPLE("L1", 0.5, True),
     ),
-    Operator("L0", lambda x: J.L0(0.5), pyproximal=lambda x: PYPROXIMAL.L0(STEP**-0.5).prox),
-    Operator("LHalf", lambda x: J.LHalf(0.5), skglm=lambda x: SIMPLE("L0_5", 0.5)),
-    Operator("LTwoThirds", lambda x: J.LTwoThirds(0.5), skglm=lambda x: SIMPLE("L2_3", 0.5)),
-    Operator("MCP", lambda x: J.MCP(0.5, 3.0), skglm=lambda x: SIMPLE("MCPenalty", 0.5, 3.0)),
+    Operator("L0", lambda x: jaxreg.L0(0.5), pyproximal=lambda x: PYPROXIMAL.L0(STEP**-0.5).prox),
+    Operator("LHalf", lambda x: jaxreg.LHalf(0.5), skglm=lambda x: SIMPLE("L0_5", 0.5)),
+    Operator("LTwoThirds", lambda x: jaxreg.LTwoThirds(0.5), skglm=lambda x: SIMPLE("L2_3", 0.5)),
+    Operator("MCP", lambda x: jaxreg.MCP(0.5, 3.0), skglm=lambda x: SIMPLE("MCPenalty", 0.5, 3.0)),
     Operator(
         "SCAD",
-        lambda x: J.SCAD(0.5, 3.7),
+        lambda x: jaxreg.SCAD(0.5, 3.7),
         skglm=lambda x: SIMPLE("SCAD", 0.5, 3.7),
         pyproximal=lambda x: PYPROXIMAL.SCAD(0.5, 3.7).prox,
     ),
     Operator(
         "LogSum",
-        lambda x: J.LogSum(0.5, 0.25),
+        lambda x: jaxreg.LogSum(0.5, 0.25),
         skglm=lambda x: SIMPLE("LogSumPenalty", 0.5, 0.25),
         pyproximal=lambda x: PYPROXIMAL.Log(0.5 * np.log(5), 4.0).prox,
     ),
-    Operator("Huber", lambda x: J.Huber(1.0, 1.0), pyproximal=lambda x: PYPROXIMAL.Huber(1.0).prox),
+    Operator(
+        "Huber", lambda x: jaxreg.Huber(1.0, 1.0), pyproximal=lambda x: PYPROXIMAL.Huber(1.0).prox
+    ),
     Operator(
         "Box",
-        lambda x: J.Box(0.0, 1.0),
+        lambda x: jaxreg.Box(0.0, 1.0),
         jaxopt=lambda x: PROJECTION.projection_box(x, (0.0, 1.0)),
         optax=lambda x: optax.projections.projection_box(x, 0.0, 1.0),
         skglm=lambda x: SIMPLE("IndicatorBox", 1.0),
@@ -173,15 +157,15 @@ OPERATORS = [
     ),
     Operator(
         "LInfBall",
-        lambda x: J.LInfBall(1.0),
+        lambda x: jaxreg.LInfBall(1.0),
         jaxopt=lambda x: PROJECTION.projection_linf_ball(x, 1.0),
         optax=lambda x: optax.projections.projection_linf_ball(x, 1.0),
         pyproximal=lambda x: PYPROXIMAL.Box(-1.0, 1.0).prox,
     ),
-    Operator("NM(2, 4)", lambda x: J.NM(2, 4), shapes=KERNELS),
+    Operator("NM(2, 4)", lambda x: jaxreg.NM(2, 4), shapes=KERNELS),
     Operator(
         "GroupLasso, columns",
-        lambda x: J.GroupLasso(0.5, groups=COLUMNS, weights=1.0),
+        lambda x: jaxreg.GroupLasso(0.5, groups=COLUMNS, weights=1.0),
         jaxopt=jax.vmap(lambda x: PROX.prox_group_lasso(x, 0.5, STEP), 1, 1),
         skglm=lambda x: peers.skglm_groups("WeightedGroupL2", positions(x).T, 0.5),
         pyproximal=lambda x: PYPROXIMAL.L21(x.shape[0], 0.5).prox,
@@ -190,7 +174,7 @@ OPERATORS = [
     ),
     Operator(
         "GroupLasso, columns, a step each",
-        lambda x, step: J.GroupLasso(0.5, groups=COLUMNS, weights=1.0),
+        lambda x, step: jaxreg.GroupLasso(0.5, groups=COLUMNS, weights=1.0),
         shapes=KERNELS,
         data=weighted,
         passes=5,
@@ -198,7 +182,7 @@ OPERATORS = [
     ),
     Operator(
         "GroupLasso, ids",
-        lambda x: J.GroupLasso(0.5, groups=groups.ids(positions(x) // 10), weights=1.0),
+        lambda x: jaxreg.GroupLasso(0.5, groups=groups.ids(positions(x) // 10), weights=1.0),
         jaxopt=lambda x: jax.vmap(lambda g: PROX.prox_group_lasso(g, 0.5, STEP))(
             x.reshape(-1, 10)
         ).ravel(),
@@ -207,7 +191,9 @@ OPERATORS = [
     ),
     Operator(
         "SparseGroupLasso, ids",
-        lambda x: J.SparseGroupLasso(0.5, 0.5, groups=groups.ids(positions(x) // 10), weights=1.0),
+        lambda x: jaxreg.SparseGroupLasso(
+            0.5, 0.5, groups=groups.ids(positions(x) // 10), weights=1.0
+        ),
         skglm=lambda x: peers.skglm_groups(
             "WeightedL1GroupL2", positions(x).reshape(-1, 10), 0.5, 0.5
         ),
@@ -216,7 +202,7 @@ OPERATORS = [
     ),
     Operator(
         "L1Ball",
-        lambda x: J.L1Ball(x.size / 10),
+        lambda x: jaxreg.L1Ball(x.size / 10),
         jaxopt=lambda x: PROJECTION.projection_l1_ball(x, x.size / 10),
         optax=lambda x: optax.projections.projection_l1_ball(x, x.size / 10),
         pyproximal=lambda x: PYPROXIMAL.L1Ball(x.size, x.size / 10, xtol=1e-10).prox,
@@ -224,7 +210,7 @@ OPERATORS = [
     ),
     Operator(
         "Simplex",
-        lambda x: J.Simplex(1.0),
+        lambda x: jaxreg.Simplex(1.0),
         jaxopt=lambda x: PROJECTION.projection_simplex(x, 1.0),
         optax=lambda x: optax.projections.projection_simplex(x, 1.0),
         pyproximal=lambda x: PYPROXIMAL.Simplex(x.size, 1.0, engine="numba").prox,
@@ -232,14 +218,14 @@ OPERATORS = [
     ),
     Operator(
         "LInf",
-        lambda x: J.LInf(x.size / 10),
+        lambda x: jaxreg.LInf(x.size / 10),
         jaxopt=lambda x: x - PROJECTION.projection_l1_ball(x, STEP * x.size / 10),
         optax=lambda x: x - optax.projections.projection_l1_ball(x, STEP * x.size / 10),
         **LIKE_SORT,
     ),
     Operator(
         "L2Ball",
-        lambda x: J.L2Ball(x.size**0.5 / 2),
+        lambda x: jaxreg.L2Ball(x.size**0.5 / 2),
         jaxopt=lambda x: PROJECTION.projection_l2_ball(x, x.size**0.5 / 2),
         optax=lambda x: optax.projections.projection_l2_ball(x, x.size**0.5 / 2),
         pyproximal=lambda x: PYPROXIMAL.EuclideanBall(0.0, x.size**0.5 / 2).prox,
@@ -247,14 +233,14 @@ OPERATORS = [
     ),
     Operator(
         "TopK, a tenth",
-        lambda x: J.TopK(x.size // 10),
+        lambda x: jaxreg.TopK(x.size // 10),
         pyproximal=lambda x: PYPROXIMAL.L0Ball(x.size // 10).prox,
         **LIKE_SORT,
     ),
     *[
         Operator(
             f"SortedL1, {kind}",
-            lambda x, w: J.SortedL1(1.0, weights=w),
+            lambda x, w: jaxreg.SortedL1(1.0, weights=w),
             skglm=lambda x, w: peers.skglm_slope(w),
             data=data,
             **LIKE_SORT,
@@ -264,7 +250,7 @@ OPERATORS = [
     *[
         Operator(
             f"TotalVariation, {kind}",
-            lambda x: J.TotalVariation(1.0),
+            lambda x: jaxreg.TotalVariation(1.0),
             pyproximal=lambda x: PYPROXIMAL.TV(x.shape, niter=100).prox,
             data=data,
             **LIKE_SORT,
@@ -277,13 +263,13 @@ OPERATORS = [
     ],
     Operator(
         "Nuclear",
-        lambda x: J.Nuclear(x.shape[0] ** 0.5),
+        lambda x: jaxreg.Nuclear(x.shape[0] ** 0.5),
         pyproximal=lambda x: PYPROXIMAL.Nuclear(x.shape, x.shape[0] ** 0.5).prox,
         shapes=tuple((n, n) for n in (32, 64, 128, 256, 512)),
     ),
     Operator(
         "TotalVariation2D",
-        lambda x: J.TotalVariation2D(0.3),
+        lambda x: jaxreg.TotalVariation2D(0.3),
         pyproximal=lambda x: PYPROXIMAL.TV(x.shape, 0.3, niter=100).prox,
         shapes=((128, 128), (256, 256)),
         data=image,
@@ -311,9 +297,8 @@ def table(dtype: str, operators: Sequence[Operator], largest: int, rounds: int) 
     rows = []
     for operator in operators:
         for shape in operator.shapes:
-            with contextlib.suppress(Missing):
-                if np.prod(shape) <= largest:
-                    rows.append(row(operator, shape, dtype, rounds))
+            if np.prod(shape) <= largest:
+                rows.append(row(operator, shape, dtype, rounds))
     return timing.Table(
         dtype,
         f"Proximal operators in {dtype}",

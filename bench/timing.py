@@ -8,6 +8,7 @@ rounds' own ratios to the first contender.
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -89,9 +90,13 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: importlib.metadata.version(name) for name in packages if _installed(name)},
         "jaxreg": jaxreg.__version__,
     }
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,9 +44,9 @@ class Grouping(abc.ABC):
     def spread(self, figures: jax.Array) -> jax.Array:
         """For each coordinate the figure of its group, in a shape that broadcasts with x's."""
 
+    @abc.abstractmethod
     def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
         """x times the figure of its group."""
-        return x * self.spread(figures)
 
     def norm(self, x: jax.Array) -> jax.Array:
         """The Euclidean norm of each group, with gradient 0 at 0."""
@@ -102,6 +102,10 @@ class _Dense(Grouping):
         if self._split == self._shape or figures.ndim == 0:
             return figures
         return jnp.broadcast_to(figures, self._split).reshape(self._shape)
+
+    def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
+        # In the split shape: XLA would not fuse a flat broadcast with what made the figures.
+        return (x.reshape(self._split) * figures).reshape(self._shape)
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,9 @@ class _Indexed(Grouping):
 
     def spread(self, figures: jax.Array) -> jax.Array:
         return figures[self._ids] if figures.ndim else figures
+
+    def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
+        return x * self.spread(figures)
 
 
 units: Groups = _Units()

@@ -92,20 +92,6 @@ def paths(tree: PyTree) -> list[str]:
     return [name(keys) for keys, _ in keyed]
 
 
-def path_string(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf, its keys joined with ``/``.
-
-    Flax NNX keeps each array in a variable's attribute ``value``, which is no part of the name.
-
-    >>> [(keys, _)] = jax.tree_util.tree_flatten_with_path({"layers": [1.0]})[0]
-    >>> path_string(keys)
-    'layers/0'
-    """
-    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def as_selector(selector: "Selector | str") -> Selector:
     """A selector as it is; a string as the path pattern it spells."""
     if isinstance(selector, Selector):

@@ -172,7 +172,7 @@ def test_prox_attains_the_smallest_objective(case: PenaltyCase, strength, x64):
 def coordinates_best(case, strength, z, step, objective, found):
     """One coordinate after the other: a fine grid finds the basin, a bounded search its bottom."""
     # The kink at 0 and the bounds of a constraint are points of the grid.
-    grid = np.concatenate([np.linspace(-8, 8, 8001), [0.0, strength, -strength]])
+    grid = np.concatenate([np.linspace(-8, 8, 801), [0.0, strength, -strength]])
     total = 0.0
     for zi, ti in zip(z.ravel(), np.broadcast_to(step, z.shape).ravel(), strict=True):
 
@@ -182,7 +182,7 @@ def coordinates_best(case, strength, z, step, objective, found):
         near = grid[np.argmin([at(w) for w in grid])]
         best = at(near)
         if not case.constraint:
-            bounds = (near - 2e-3, near + 2e-3)
+            bounds = (near - 0.02, near + 0.02)
             best = min(best, minimize_scalar(at, bounds=bounds, method="bounded").fun)
         total += best
     return total, 1e-9

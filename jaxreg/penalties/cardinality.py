@@ -120,25 +120,35 @@ def _importance(x: Array, step: Array) -> Array:
 def _largest(size: Array, k: int) -> Array:
     """Which k numbers of a vector >= 0 are the largest, of equal ones the first.
 
-    The bits of floats >= 0, read as integers, have the order of the floats. The largest integer
-    that k numbers reach is built from its highest bit down.
+    The bits of floats >= 0, read as integers, have the order of the floats. A threshold is built
+    from its highest bit down: the largest integer that at least k numbers reach, or an earlier one
+    that exactly k do.
     """
-    wide = size.dtype == jnp.float64
-    unsigned = jnp.uint64 if wide else jnp.uint32
+    unsigned, bits = (jnp.uint64, 63) if size.dtype == jnp.float64 else (jnp.uint32, 31)
     keys = jax.lax.bitcast_convert_type(size, unsigned)
-    one = jnp.ones((), unsigned)
 
-    def next_bit(i: Array, threshold: Array) -> Array:
-        bit = one << (jnp.asarray(62 if wide else 30, unsigned) - i.astype(unsigned))
-        reached = jnp.sum(keys >= (threshold | bit), dtype=jnp.int32) >= k
-        return jnp.where(reached, threshold | bit, threshold)
+    def reaching(threshold: Array) -> Array:
+        return jnp.sum(keys >= threshold, dtype=jnp.int32)
 
-    threshold = jax.lax.fori_loop(0, 63 if wide else 31, next_bit, jnp.zeros((), unsigned))
-    above, equal = keys > threshold, keys == threshold
-    wanted = k - jnp.sum(above, dtype=jnp.int32)
+    def undecided(state: tuple[Array, Array, Array]) -> Array:
+        bit, _, reached = state
+        return (bit > 0) & (reached != k)
+
+    def next_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, threshold, reached = state
+        higher = threshold | bit
+        count = reaching(higher)
+        return bit >> 1, *jax.tree.map(
+            lambda new, old: jnp.where(count >= k, new, old), (higher, count), (threshold, reached)
+        )
+
+    highest = jnp.asarray(1 << (bits - 1), unsigned)
+    start = (highest, jnp.zeros((), unsigned), jnp.asarray(size.size, jnp.int32))
+    _, threshold, reached = jax.lax.while_loop(undecided, next_bit, start)
 
     def first_of_equal() -> Array:
-        return equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted)
+        above, equal = keys > threshold, keys == threshold
+        wanted = k - jnp.sum(above, dtype=jnp.int32)
+        return above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted))
 
-    all_fit = jnp.sum(equal, dtype=jnp.int32) == wanted
-    return above | jax.lax.cond(all_fit, lambda: equal, first_of_equal)
+    return jax.lax.cond(reached == k, lambda: keys >= threshold, first_of_equal)

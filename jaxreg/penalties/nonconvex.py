@@ -76,10 +76,10 @@ class LHalf(Separable):
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         pull, size = step * self.strength, jnp.abs(x)
-        kept = size > 1.5 * jnp.cbrt(jnp.square(pull))
+        kept = size * jnp.sqrt(size) > 1.5**1.5 * pull
         safe = jnp.where(kept, size, 1)
         q = jnp.where(kept, pull / (2 * safe * jnp.sqrt(safe)), 0)
-        return jnp.where(kept, x * jnp.square(_largest_root(3, q)), 0)
+        return jnp.where(kept, x * jnp.square(_largest_root(q)), 0)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         return _power_distance(x, grad, self.strength, 0.5)
@@ -89,8 +89,8 @@ class LHalf(Separable):
 class LTwoThirds(Separable):
     r"""The L2/3 penalty, $R(x) = s \sum_i |x_i|^{2/3}$.
 
-    Its prox is 0 where $|x| \le 2 (\frac{2}{3} step \cdot s)^{3/4}$; else $|x| v^3$ with the sign
-    of x, where v is the largest root of $v^4 - v + \frac{2}{3} step \cdot s / |x|^{4/3} = 0$.
+    Its prox is 0 where $|x| \le 2 (\frac{2}{3} step \cdot s)^{3/4}$; else $u^3$ with the sign of
+    x, where u is the largest root of $u^4 - |x| u + \frac{2}{3} step \cdot s = 0$.
     Source: W. Cao, J. Sun and Z. Xu, *Fast image deconvolution using closed-form thresholding
     formulas of Lq (q = 1/2, 2/3) regularization*, JVCIR 24(1), 2013.
 
@@ -117,9 +117,14 @@ class LTwoThirds(Separable):
         # pull^(3/4) from roots, which cost less than a power.
         root = jnp.sqrt(_positive(pull))
         kept = size > jnp.where(pull > 0, 2 * root * jnp.sqrt(root), 0)
-        safe = jnp.where(kept, size, 1)
-        q = jnp.where(kept, pull / (safe * jnp.cbrt(safe)), 0)
-        return jnp.where(kept, x * _largest_root(4, q) ** 3, 0)
+        # Newton's method from above the cube root of |x|, where the polynomial is >= 0.
+        z = jnp.where(kept, size, 1)
+        p = jnp.where(kept, pull, 0)
+        u = jax.lax.stop_gradient(_above_cube_root(z))
+        for _ in range(6 if x.dtype == jnp.float64 else 5):
+            cube = u**3
+            u = (3 * cube * u - p) / (4 * cube - z)
+        return jnp.where(pull == 0, x, jnp.where(kept, jnp.sign(x) * u**3, 0))
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         return _power_distance(x, grad, self.strength, 2 / 3)
@@ -304,19 +309,30 @@ def slope_distance(x: jax.Array, grad: jax.Array, slope: jax.Array) -> jax.Array
     return jnp.where(x == 0, at_zero, jnp.abs(grad + slope * jnp.sign(x)))
 
 
-def _largest_root(degree: int, q: jax.Array) -> jax.Array:
-    """The largest root of v^degree - v + q = 0, for q up to where the prox jumps.
+def _largest_root(q: jax.Array) -> jax.Array:
+    """The largest root of v^3 - v + q = 0, for q up to where the prox of `LHalf` jumps.
 
     Newton's method from 1, where the polynomial is q >= 0: it is convex, so the iterates fall to
-    the root, and stay away from the double root. Each step squares the error, which is .21 or less
-    at the start; five steps reach 1e-16 for degree 3, and six for degree 4.
+    the root, and stay away from the double root. Each step squares the error, .18 at the start.
     """
-    steps = degree + 2 if q.dtype == jnp.float64 else degree + 1
     v = jnp.ones_like(q)
-    for _ in range(steps):
-        power = v ** (degree - 1)
-        v = ((degree - 1) * power * v - q) / (degree * power - 1)
+    for _ in range(5 if q.dtype == jnp.float64 else 4):
+        square = jnp.square(v)
+        v = (2 * square * v - q) / (3 * square - 1)
     return v
+
+
+def _above_cube_root(z: jax.Array) -> jax.Array:
+    """A number up to 0.2% above the cube root of z > 0.
+
+    A third of a float's bits, read as an integer, is nearly the exponent of the root; the tangent
+    there lies above the root. (`jnp.cbrt` is 100 times as slow as a multiplication on a CPU.)
+    """
+    double = z.dtype == jnp.float64
+    integer, bias = (jnp.int64, 0x2A9F7893_782DA1CE) if double else (jnp.int32, 0x2A517D48)
+    bits = jax.lax.bitcast_convert_type(z, integer)
+    rough = jax.lax.bitcast_convert_type(bits // 3 + bias, z.dtype)
+    return (z / jnp.square(rough) + 2 * rough) / 3
 
 
 def _power(u: jax.Array, exponent: float) -> jax.Array:

@@ -244,7 +244,7 @@ class SortedL1(Penalty):
         # Not jnp.sign, whose 0 would make the derivative at 0 vanish at strength 0 too.
         sign = jnp.where(x < 0, -jnp.ones_like(x), jnp.ones_like(x))
         size = (sign * x).ravel()
-        order = jnp.argsort(jax.lax.stop_gradient(size), descending=True)
+        order = _descending(size)
         shrunk = isotonic(size[order] - step * self.strength * self._weights(x))
         kept = jnp.where(shrunk < 0, 0, shrunk)  # not jnp.maximum, whose derivative at 0 is 1/2
         result = jnp.zeros_like(size).at[order].set(kept, unique_indices=True)
@@ -256,5 +256,11 @@ class SortedL1(Penalty):
         return jnp.max(ratio(jnp.cumsum(_sorted(jnp.abs(grad))), bounds), initial=0)
 
 
+def _descending(x: jax.Array) -> jax.Array:
+    """The order that sorts a vector; its derivative is 0, and that of the sort is a gather."""
+    return jnp.argsort(jax.lax.stop_gradient(x), descending=True)
+
+
 def _sorted(x: jax.Array) -> jax.Array:
-    return jnp.sort(x.ravel(), descending=True)
+    x = x.ravel()
+    return x[_descending(x)]

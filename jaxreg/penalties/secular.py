@@ -30,11 +30,11 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
     nonzero = z != 0
 
     def newton(mu: Array, z: Array, alpha: Array, beta: Array) -> Array:
-        divisor = alpha + groups.spread(mu) * beta
-        divisor = jnp.where(nonzero, divisor, 1)
-        squares = jnp.square(z / divisor)
+        divisor = jnp.where(nonzero, alpha + groups.spread(mu) * beta, 1)
+        inverse = 1 / divisor
+        squares = jnp.square(z * inverse)
         total = groups.sum(squares)
-        slope = groups.sum(squares * (beta / divisor))
+        slope = groups.sum(squares * inverse * beta)
         usable = slope > 0
         total, slope = jnp.where(usable, total, 1), jnp.where(usable, slope, 1)
         rise = total * (jnp.sqrt(total) / radius - 1) / slope
@@ -43,8 +43,7 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
     def from_below(z: Array, alpha: Array, beta: Array) -> Array:
         """No term alone exceeds r^2, nor does the sum with all alpha and beta at their largest."""
         of_terms = groups.max(jnp.maximum((jnp.abs(z) / radius - alpha) / beta, 0))
-        widest = groups.max(jnp.broadcast_to(alpha, z.shape))
-        steepest = groups.max(jnp.broadcast_to(beta, z.shape))
+        widest, steepest = (groups.max(c) if c.ndim else c for c in (alpha, beta))
         of_sum = (groups.norm(z) / radius - widest) / jnp.where(steepest > 0, steepest, 1)
         return jnp.maximum(of_terms, of_sum)
 
