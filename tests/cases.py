@@ -278,7 +278,7 @@ CASES: list[Case] = [
     _penalty(
         "SortedL1",
         jaxreg.SortedL1,
-        lambda x, s: s * (BH_WEIGHTS[: x.size] * np.sort(np.abs(x).ravel())[::-1]).sum(),
+        lambda x, s: s * (BH_WEIGHTS * np.sort(np.abs(x).ravel())[::-1]).sum(),
         program=sorted_l1,
         shapes=((), (0,), (2, 0, 3), (5,)),
         collectives=GATHERED,

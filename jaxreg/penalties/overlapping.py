@@ -34,7 +34,8 @@ from jaxreg.penalties.separable import ratio
 Array = jax.Array
 Number = float | Array
 
-# About 10 are needed, 40 where the entries of x range over six orders of magnitude.
+# About 10 are needed. In double precision 60 were too few in 3 of 1800 hard problems, whose x
+# ranged over ten orders of magnitude; in single precision, where it ranged over five.
 MAX_ITERATIONS = 60
 
 
@@ -220,7 +221,9 @@ def _multipliers(problem: _Problem) -> Array:
     point = _interior_start(fixed)
     error = jnp.full((), jnp.inf, problem.squares.dtype)
     state = lax.while_loop(unsolved, iterate, (point, point.mu, point.mu, error, 0))
-    *_, best, error, _ = state
+    point, _, best, error, _ = state
+    # Where the active groups were not found, the interior point is the better answer.
+    best = jnp.where(error < tolerance**0.5, best, point.mu)
     last = _newton_step(problem, best)
     mu = lax.stop_gradient(last)
     return jnp.where(_violation(fixed, mu) < error, mu, best) + (last - mu)
@@ -347,7 +350,8 @@ class OverlappingGroupLasso(Penalty):
     For disjoint groups it is the group lasso. (The sum of the norms $\|x_g\|$ themselves is another
     penalty: its zeros, not its nonzeros, are a union of groups.) Value and prox are found to
     rounding by an iteration of bounded length, see `jaxreg.penalties.overlapping`; time grows with
-    the cube of the number of groups. Under sharding, one reduction adds up a number for each set
+    the cube of the number of groups. In float32 with an x whose entries range over more than four
+    orders of magnitude, a prox can be off by 1e-4 of the largest entry and its zeros inexact. Under sharding, one reduction adds up a number for each set
     of coordinates that lie in the same groups; for a step a coordinate the iteration itself has
     more of them. Source: L. Jacob, G. Obozinski and J.-P. Vert, *Group lasso with overlap and
     graph lasso*, ICML 2009.
