@@ -46,13 +46,25 @@ class Grouping(abc.ABC):
 
     @abc.abstractmethod
     def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
-        """x times the figure of its group."""
+        """X times the figure of its group."""
 
     def norm(self, x: jax.Array) -> jax.Array:
-        """The Euclidean norm of each group, with gradient 0 at 0."""
+        """The Euclidean norm of each group, with gradient 0 at 0.
+
+        Right where squares overflow; numbers whose squares underflow count as 0 (see `direction`).
+        """
         squares = self.sum(jnp.square(x))
-        positive = squares > 0
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+        in_range = jnp.all(squares < jnp.inf)
+        return jax.lax.cond(in_range, lambda: _root(squares), lambda: self.direction(x)[0])
+
+    def direction(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The norm of each group, and x over it (0 for a group of zeros), in the whole range."""
+        peak = jax.lax.stop_gradient(self.max(jnp.abs(x)))
+        usable = (peak > 0) & (peak < jnp.inf)
+        peak = jnp.where(usable, peak, 1)
+        x = x / self.spread(peak)
+        norm = _root(self.sum(jnp.square(x)))
+        return peak * norm, x / self.spread(jnp.where(norm > 0, norm, 1))
 
     def figures(self, name: str, values: jax.Array) -> jax.Array:
         """A scalar, or an array of one number a group, in the shape of the groups' figures."""
@@ -60,6 +72,12 @@ class Grouping(abc.ABC):
             accepted = f"a scalar, or an array of shape ({self.sizes.size},): one number a group"
             raise _check.ArgumentError(name, _check.describe(values), accepted)
         return values.reshape(self.sizes.shape) if values.ndim else values
+
+
+def _root(squares: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
 
 class Groups(abc.ABC):
@@ -74,9 +92,9 @@ def as_groups(name: str, value: Any) -> Groups:
     """Groups as they are; an integer or a tuple of them as `axes`; an integer array as `ids`."""
     if isinstance(value, Groups):
         return value
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return axes(int(value))
-    if isinstance(value, tuple) and all(isinstance(axis, int) for axis in value):
+    if _check.is_whole(value):
+        return axes(value)
+    if isinstance(value, tuple) and all(map(_check.is_whole, value)):
         return axes(*value)
     if isinstance(value, (np.ndarray, jax.Array)):
         return ids(value)
@@ -172,7 +190,7 @@ class _Ids(Groups):
     def __init__(self, given: np.ndarray):
         self._ids = given
         self._counts = np.bincount(given.ravel()) if given.size else np.zeros(0, int)
-        self._hash = hash((given.shape, given.tobytes()))
+        self._hash = hash((given.shape, given.tobytes()))  # salted: of this process only
         # Groups of one size, each in one piece and in order, are a reshape: no gather is needed.
         flat, size = given.ravel(), int(self._counts[0]) if given.size else 0
         regular = size and (self._counts == size).all()
@@ -187,14 +205,13 @@ class _Ids(Groups):
         return _Indexed(self._ids, self._counts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, _Ids)
-            and self._hash == other._hash
-            and np.array_equal(self._ids, other._ids)
-        )
+        return self is other or (isinstance(other, _Ids) and np.array_equal(self._ids, other._ids))
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> Any:
+        return ids, (self._ids,)
 
     def __repr__(self) -> str:
         if self._ids.size <= 20:
@@ -251,10 +268,7 @@ def axes(*over: int) -> Groups:
     >>> jaxreg.GroupLasso(1.0, groups=jaxreg.groups.axes(0), weights=2.5).prox(w).tolist()
     [[1.5, 0.0], [2.0, 0.0]]
     """
-    for axis in over:
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise _check.ArgumentError("axes", _check.describe(axis), "integers")
-    return _Axes(tuple(int(axis) for axis in over))
+    return _Axes(tuple(_check.integer("axes", axis) for axis in over))
 
 
 def blocks(*sizes: int) -> Groups:
@@ -271,8 +285,7 @@ def blocks(*sizes: int) -> Groups:
     [6.0, 6.0]
     """
     for size in sizes:
-        whole_number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-        if not whole_number or (size < 1 and size != -1):
+        if not _check.is_whole(size) or (size < 1 and size != -1):
             raise _check.ArgumentError("sizes", _check.describe(size), "integers >= 1, or -1")
     return _Blocks(tuple(int(size) for size in sizes))
 
@@ -296,9 +309,11 @@ def ids(given: Any) -> Groups:
     array = np.array(given)
     if array.dtype.kind not in "iu" and array.size:
         raise _check.ArgumentError("ids", _check.describe(array), "an array of integers")
+    if array.size and not 0 <= array.min() <= array.max() < array.size:
+        wrong = array.min() if array.min() < 0 else array.max()
+        accepted = "integers >= 0, and below the number of coordinates"
+        raise _check.ArgumentError("ids", f"an array that holds {wrong}", accepted)
     array = array.astype(np.int32)
-    if array.size and array.min() < 0:
-        raise _check.ArgumentError("ids", f"an array that holds {array.min()}", "integers >= 0")
     if array.size and (np.bincount(array.ravel()) == 0).any():
         missing = int(np.flatnonzero(np.bincount(array.ravel()) == 0)[0])
         raise _check.ArgumentError(

@@ -59,10 +59,11 @@ def test_axes_and_integer_arrays_stand_for_groups():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: groups.ids([0, 2]), "ids: got numbers up to 2 without 1, an empty group"),
+        (lambda: groups.ids([0, 2, 0]), "ids: got numbers up to 2 without 1, an empty group"),
+        (lambda: groups.ids([0, 2**32]), "ids: got an array that holds 4294967296; accepted"),
         (lambda: groups.ids([0, -1]), "ids: got an array that holds -1; accepted: integers >= 0"),
         (lambda: groups.ids([0.5, 1.0]), "ids: got an array .*float64; accepted: .*integers"),
-        (lambda: groups.axes(0.5), "axes: got 0.5; accepted: integers"),
+        (lambda: groups.axes(0.5), "axes: got 0.5; accepted: an integer"),
         (lambda: groups.blocks(0, 2), "sizes: got 0; accepted: integers >= 1, or -1"),
         (lambda: jaxreg.GroupLasso(0.1, groups="rows"), "groups: got 'rows'; accepted: groups"),
         (lambda: jaxreg.GroupLasso(0.1, weights=[1.0, -1.0]), "weights: got .* holds -1.0"),
@@ -236,6 +237,32 @@ def test_a_joint_penalty_spans_paths_below_a_common_parent():
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     expected = -0.1 * np.sqrt(7) / np.sqrt(7)
     np.testing.assert_allclose(updates["a"]["out"]["w"], np.full((3, 5), expected), rtol=1e-5)
+
+
+def test_a_joint_penalty_needs_one_gain_or_an_elementwise_step():
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    joint = jaxreg.Joint(jaxreg.GroupMCP(0.1), NEURON)
+
+    def two_gains(state, params):
+        return {"kernel": jnp.float32(1), "bias": jnp.float32(100)}
+
+    jaxreg.proximal(optax.identity(), 0.1, joint).init(params)
+    with pytest.raises(ValueError, match="penalty: got Joint.*one gain"):
+        jaxreg.proximal(optax.identity(), 0.1, joint, metric=two_gains).init(params)
+
+
+@pytest.mark.usefixtures("strict")
+def test_joint_leaves_may_differ_in_dtype_under_strict_promotion():
+    mixed = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "bias": jnp.ones(3)}
+    joint = jaxreg.Joint(jaxreg.GroupLasso(jnp.float32(0.1)), NEURON)
+    chex.assert_trees_all_equal_shapes_and_dtypes(joint.prox(mixed), mixed)
+
+
+def test_the_selector_of_the_part_is_that_of_the_joint_penalty():
+    joint = jaxreg.Joint(jaxreg.GroupLasso(0.1).on("a/kernel"), NEURON)
+    assert joint.where == jaxreg.where.path("a/kernel")
+    shown = "Joint(GroupLasso(0.1), {'kernel': (0,), 'bias': ()}).on(where.path('a/kernel'))"
+    assert repr(joint) == f"({shown.partition('.on')[0]}).on{shown.partition('.on')[2]}"
 
 
 @pytest.mark.parametrize(

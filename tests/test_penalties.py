@@ -1,5 +1,7 @@
 """Penalties: construction, selectors, and what peers get wrong."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxreg
-from jaxreg import where
+from jaxreg import groups, where
 
 pytestmark = pytest.mark.core
 
@@ -358,3 +360,94 @@ def test_multiples_and_sums_take_traced_numbers():
 
     chex.assert_trees_all_close(jax.jit(prox)(2.0), prox(2.0))
     assert jnp.isfinite(jax.jacobian(prox)(2.0)).all()
+
+
+# The range of the dtypes -----------------------------------------------------------------------
+
+
+def test_norms_whose_squares_overflow_or_underflow():
+    huge, tiny = jnp.array([3e20, 4e20]), jnp.array([3e-25, 4e-25])
+    np.testing.assert_allclose(jaxreg.L2Norm(1.0).prox(huge), huge)
+    np.testing.assert_allclose(jaxreg.L2Norm(1.0).prox(huge, jnp.ones(2)), huge)
+    np.testing.assert_allclose(jaxreg.L2Ball(1.0).prox(huge), [0.6, 0.8], rtol=1e-6)
+    for same in (jaxreg.L2Norm(1.0).prox(tiny, 0.0), jaxreg.L2Norm(0.0).prox(tiny)):
+        assert same.tolist() == tiny.tolist()
+    small = jaxreg.GroupLasso(1.0, groups=groups.whole, weights=1.0)
+    distance = small.subdiff_distance(jnp.full(4, 1e-23), jnp.zeros(4))
+    np.testing.assert_allclose(distance, np.full(4, 0.5), rtol=1e-6)
+
+
+def test_separable_proxes_in_the_whole_range():
+    huge, tiny = jnp.array([1e19, 1e28, 1e37]), jnp.array([3e-32, 3e-25])
+    for penalty in (jaxreg.LogSum(1.0), jaxreg.LTwoThirds(1.0), jaxreg.LHalf(1.0), jaxreg.MCP(1.0)):
+        np.testing.assert_allclose(penalty.prox(huge), huge, rtol=1e-6)
+    for make in (
+        jaxreg.L0,
+        jaxreg.LHalf,
+        jaxreg.LTwoThirds,
+        jaxreg.MCP,
+        jaxreg.SCAD,
+        jaxreg.LogSum,
+    ):
+        assert make(0.0).prox(tiny, 30.0).tolist() == tiny.tolist()
+        assert make(1.0).prox(tiny, 0.0).tolist() == tiny.tolist()
+
+
+def test_one_huge_step_leaves_other_groups_alone(x64):
+    """Adam's gain is 1e8 and more where a gradient is nearly 0."""
+    x, step = np.array([[3.0, 1.0], [2.0, 1.0]]), np.array([[0.01, 0.02], [0.02, 1e10]])
+    for make in (
+        lambda: jaxreg.LInf(0.5, groups=0),
+        lambda: jaxreg.L1Ball(0.5, groups=0),
+        lambda: jaxreg.MaxNorm(0.5),
+    ):
+        both = make().prox(np.float32(x), np.float32(step))
+        alone = make().prox(x[:, :1], step[:, :1])
+        np.testing.assert_allclose(both[:, :1], alone, rtol=1e-5)
+
+
+def test_a_coordinate_of_step_zero_stays():
+    assert jaxreg.TopK(1).prox(jnp.array([1e-4, 1.0]), jnp.array([0.0, 1.0])).tolist()[1] == 0
+    assert jaxreg.LInf(0.5).prox(jnp.array([10.0, 1.0]), jnp.array([0.0, 1e8]))[0] == 10.0
+
+
+def test_zero_is_critical_for_linear_constraints_up_to_rounding():
+    plane = jaxreg.Affine(np.ones((1, 3)), [0.0])
+    assert plane.critical_multiplier(jnp.full(3, 0.3)) == 0
+    assert plane.critical_multiplier(jnp.array([0.3, 0.3, 0.2])) == jnp.inf
+    normal = jnp.array([0.1, 0.3, 0.7])
+    assert jaxreg.HalfSpace(normal, 0.0).critical_multiplier(-0.37 * normal) == 0
+    assert jaxreg.HalfSpace(normal, 0.0).critical_multiplier(0.37 * normal) == jnp.inf
+
+
+def test_critical_multipliers_have_derivatives_in_reverse_mode(x64):
+    grad = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+
+    def critical(s):
+        return jaxreg.SparseGroupLasso(s, 1.0).critical_multiplier(grad)
+
+    expected = (critical(0.5 + 1e-6) - critical(0.5 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.grad(critical)(0.5), expected, rtol=1e-6)
+
+
+def test_groups_survive_pickling():
+    penalty = jaxreg.GroupLasso(0.1, groups=groups.ids([0, 1, 0]))
+    again = pickle.loads(pickle.dumps(penalty))
+    assert again.groups == penalty.groups
+    assert jax.tree.structure(again) == jax.tree.structure(penalty)
+
+
+def test_zero_times_a_bounded_penalty_keeps_its_bounds():
+    bounded = jaxreg.Huber(1.0) + jaxreg.Box(0, 1)
+    assert repr(0 * bounded) == "Huber(0.0) + Box(0.0, 1.0)"
+    assert repr(2 * (jaxreg.MCP(0.1) + jaxreg.L2(0.5))) == "2.0 * MCP(0.1) + L2(1.0)"
+    assert repr(bounded.on("a/**")) == "(Huber(1.0) + Box(0.0, 1.0)).on(where.path('a/**'))"
+
+
+def test_sums_check_their_parts():
+    with pytest.raises(ValueError, match="strength: got arrays of shape .*accepted: scalars, or"):
+        _ = jaxreg.L1(np.ones((4, 3))) + jaxreg.L1(np.ones(3))
+    with pytest.raises(ValueError, match="penalty: got .*no direct form; accepted: the penalty"):
+        (jaxreg.TotalVariation(1.0) + jaxreg.NonNegative()).critical_multiplier(jnp.ones(3))
+    with pytest.raises(ValueError, match="step: got 0.0; accepted: numbers > 0"):
+        jaxreg.L1(0.1).residual(jnp.ones(2), jnp.ones(2), 0.0)

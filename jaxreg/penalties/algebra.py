@@ -28,8 +28,10 @@ Number = float | Array
 
 def multiply(p: Penalty, c: Number) -> Penalty:
     """C * p for c >= 0; a constraint is its own multiple."""
-    if isinstance(p, Joint):
+    if isinstance(p, (Joint, Bounded)):
         return dataclasses.replace(p, penalty=multiply(p.penalty, c))
+    if isinstance(p, Ridged):
+        return dataclasses.replace(p, penalty=multiply(p.penalty, c), l2=c * p.l2)
     if p.scales is None:
         return Multiple(p, c, where=p.where)
     return dataclasses.replace(p, **{name: c * getattr(p, name) for name in p.scales})
@@ -61,7 +63,15 @@ def _same(a: Penalty, b: Penalty) -> Penalty | None:
     fixed = [f.name for f in dataclasses.fields(a) if f.name not in a.scales]
     if not all(_equal(getattr(a, name), getattr(b, name)) for name in fixed):
         return None
-    return dataclasses.replace(a, **{n: getattr(a, n) + getattr(b, n) for n in a.scales})
+    return dataclasses.replace(a, **{n: _total(getattr(a, n), getattr(b, n)) for n in a.scales})
+
+
+def _total(a: Number, b: Number) -> Number:
+    """The sum of two strengths, each a scalar or of x's shape."""
+    if jnp.ndim(a) and jnp.ndim(b) and jnp.shape(a) != jnp.shape(b):
+        given = f"arrays of shape {jnp.shape(a)} and {jnp.shape(b)}"
+        raise _check.ArgumentError("strength", given, "scalars, or arrays of one shape")
+    return a + b
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -83,7 +93,7 @@ def _named(a: Penalty, b: Penalty) -> Penalty | None:
         case L1(), NonNegative():
             return NonNegativeL1(a.strength)
         case NonNegativeL1(), L1() | NonNegativeL1():
-            return NonNegativeL1(a.strength + b.strength)
+            return NonNegativeL1(_total(a.strength, b.strength))
         case NonNegativeL1(), NonNegative():
             return a
         case L1(), L2() if one_strength:
@@ -151,8 +161,8 @@ class Multiple(Derived):
     def _critical_multiplier(self, grad: Array) -> Array:
         return ratio(self.penalty._critical_multiplier(grad), self.multiplier)
 
-    def __repr__(self) -> str:
-        return f"{self.multiplier!r} * {self.penalty!r}"
+    def _formula(self) -> str:
+        return f"{self.multiplier!r} * {self.penalty._formula()}"
 
 
 @penalty
@@ -175,8 +185,8 @@ class Ridged(Derived):
     def _critical_multiplier(self, grad: Array) -> Array:
         return self.penalty._critical_multiplier(grad)  # the square is flat at 0
 
-    def __repr__(self) -> str:
-        return f"{self.penalty!r} + L2({self.l2!r})"
+    def _formula(self) -> str:
+        return f"{self.penalty._formula()} + L2({self.l2!r})"
 
 
 @penalty
@@ -209,6 +219,9 @@ class Bounded(Derived):
         return jnp.where((x < lower) | (x > upper), jnp.inf, distance)
 
     def _critical_multiplier(self, grad: Array) -> Array:
+        if isinstance(self.penalty, (TotalVariation, FusedLasso)):
+            given = f"{self!r}, whose critical multiplier has no direct form"
+            raise _check.ArgumentError("penalty", given, "the penalty without bounds")
         # Only what would push 0 to where the bounds allow needs a penalty to hold it.
         lower, upper = self.interval.bounds()
         zero = jnp.zeros_like(grad)
@@ -216,5 +229,5 @@ class Bounded(Derived):
         held += jnp.where(upper > 0, jnp.minimum(grad, 0), 0)
         return self.penalty._critical_multiplier(held) + self.interval._value(zero)
 
-    def __repr__(self) -> str:
-        return f"{self.penalty!r} + {self.interval!r}"
+    def _formula(self) -> str:
+        return f"{self.penalty._formula()} + {self.interval._formula()}"

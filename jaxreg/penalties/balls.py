@@ -13,7 +13,7 @@ from jaxreg import _check
 from jaxreg import groups as _groups
 from jaxreg.groups import Grouping, Groups
 from jaxreg.penalties.base import number, penalty, static
-from jaxreg.penalties.constraints import Constraint, rounding
+from jaxreg.penalties.constraints import Constraint, unit_where_scalar
 from jaxreg.penalties.secular import secular_root
 from jaxreg.penalties.separable import soft_threshold
 from jaxreg.penalties.waterline import waterline
@@ -50,11 +50,11 @@ class L1Ball(Constraint):
 
     def _contains(self, x: Array) -> Array:
         sums = self.groups.of(x.shape).sum(jnp.abs(x))
-        return sums <= self.radius * (1 + rounding(x))
+        return sums <= self.radius * (1 + self._rounding(x))
 
     def _project(self, x: Array, step: Array) -> Array:
         groups, size = self.groups.of(x.shape), jnp.abs(x)
-        step = _unit_where_scalar(step)
+        step = unit_where_scalar(step)
         # At level 0 the ball is not left by a step down: the level of a point inside is 0.
         level = waterline(size, step, self.radius, groups, jnp.zeros((), x.dtype))
         outside = groups.sum(size) > self.radius
@@ -90,10 +90,10 @@ class Simplex(Constraint):
 
     def _contains(self, x: Array) -> Array:
         excess = jnp.abs(self.groups.of(x.shape).sum(x) - self.total)
-        return jnp.all(excess <= rounding(x) * self.total) & jnp.all(x >= 0)
+        return jnp.all(excess <= self._rounding(x) * self.total) & jnp.all(x >= 0)
 
     def _project(self, x: Array, step: Array) -> Array:
-        groups, step = self.groups.of(x.shape), _unit_where_scalar(step)
+        groups, step = self.groups.of(x.shape), unit_where_scalar(step)
         width = groups.sum(jnp.broadcast_to(step, x.shape))
         start = (groups.sum(x) - self.total) / jnp.where(width > 0, width, 1)
         level = groups.spread(waterline(x, step, self.total, groups, start))
@@ -111,7 +111,7 @@ class _NormBall(Constraint):
 
     def _contains(self, x: Array) -> Array:
         groups, radius = self._ball(x)
-        return groups.norm(x) <= radius * (1 + rounding(x))
+        return groups.norm(x) <= radius * (1 + self._rounding(x))
 
     def _project(self, x: Array, step: Array) -> Array:
         groups, radius = self._ball(x)
@@ -132,13 +132,13 @@ class _NormBall(Constraint):
     def _subdiff_distance(self, x: Array, grad: Array) -> Array:
         groups, radius = self._ball(x)
         norm = groups.norm(x)
-        outward = x / groups.spread(jnp.where(norm > 0, norm, 1))
+        _, outward = groups.direction(x)
         # On the sphere -grad may point outward; the part of it that does costs nothing.
         push = jnp.maximum(-groups.sum(grad * outward), 0)
-        on_sphere = norm >= radius * (1 - rounding(x))
+        on_sphere = norm >= radius * (1 - self._rounding(x))
         rest = jnp.abs(grad + groups.spread(jnp.where(on_sphere, push, 0)) * outward)
         rest = jnp.where(radius == 0, 0, rest)
-        return jnp.where(groups.spread(norm) > radius * (1 + rounding(x)), jnp.inf, rest)
+        return jnp.where(groups.spread(norm) > radius * (1 + self._rounding(x)), jnp.inf, rest)
 
 
 @penalty
@@ -218,19 +218,10 @@ class UnitNorm(Constraint):
     groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
 
     def _contains(self, x: Array) -> Array:
-        return jnp.abs(self.groups.of(x.shape).norm(x) - 1) <= rounding(x)
+        return jnp.abs(self.groups.of(x.shape).norm(x) - 1) <= self._rounding(x)
 
     def _project(self, x: Array, step: Array) -> Array:
         groups = self.groups.of(x.shape)
-        # By the largest first: the squares of tiny coordinates underflow.
-        peak = groups.max(jnp.abs(x))
-        x = x / groups.spread(jnp.where(peak > 0, peak, 1))
-        norm = groups.norm(x)
+        norm, unit = groups.direction(x)
         equal = 1 / jnp.sqrt(jnp.asarray(groups.sizes, x.dtype))
-        unit = x / groups.spread(jnp.where(norm > 0, norm, 1))
         return jnp.where(groups.spread(norm) > 0, unit, groups.spread(equal))
-
-
-def _unit_where_scalar(step: Array) -> Array:
-    """The step of a projection: a scalar one makes no difference."""
-    return jnp.ones_like(step) if step.ndim == 0 else step

@@ -60,6 +60,9 @@ class Penalty(abc.ABC):
     """The fields that R is linear in, together: c R has each of them c times as large. Empty for a
     constraint; None where c R is of another form."""
 
+    _eps: ClassVar[float] = 2.0**-23
+    """The precision of what the user gave, set on the copy that the methods below are called on."""
+
     @property
     def has_subdiff_distance(self) -> bool:
         """Whether `subdiff_distance` has a direct form."""
@@ -95,7 +98,7 @@ class Penalty(abc.ABC):
         Returns:
             A scalar.
         """
-        return _compiled("_value", self, _tree.widen(self._gather("x", x)))
+        return _compiled("_value", self, x, _tree.widen(self._gather("x", x)))
 
     def prox(self, x: Any, step: Any = 1.0) -> Any:
         r"""The proximal operator, $\arg\min_w R(w) + \sum_i (w_i - x_i)^2 / (2 \, step_i)$.
@@ -112,7 +115,7 @@ class Penalty(abc.ABC):
             An array of x's shape and dtype, computed in float32 at least and rounded once.
         """
         wide = _tree.widen(self._gather("x", x))
-        result = self._scatter(_compiled("_prox", self, wide, self._step(step, wide)), x)
+        result = self._scatter(_compiled("_prox", self, x, wide, self._step(step, wide)), x)
         return jax.tree.map(lambda w, leaf: w.astype(jnp.asarray(leaf).dtype), result, x)
 
     def residual(self, x: Any, grad: Any, step: Any = 1.0) -> Any:
@@ -131,8 +134,10 @@ class Penalty(abc.ABC):
             An array of x's shape.
         """
         wide, grad = self._pair(x, grad)
+        if _check.is_host(step) and not (np.asarray(step) > 0).all():
+            raise _check.ArgumentError("step", _check.describe(step), "numbers > 0")
         step = self._step(step, wide)
-        moved = _compiled("_prox", self, wide - step * grad, step)
+        moved = _compiled("_prox", self, x, wide - step * grad, step)
         return self._scatter((wide - moved) / step, x)
 
     def subdiff_distance(self, x: Any, grad: Any) -> Any:
@@ -152,7 +157,7 @@ class Penalty(abc.ABC):
             ValueError: where R is neither separable nor a sum over disjoint groups.
         """
         wide, grad = self._pair(x, grad)
-        return self._scatter(_compiled("_subdiff_distance", self, wide, grad), x)
+        return self._scatter(_compiled("_subdiff_distance", self, x, wide, grad), x)
 
     def critical_multiplier(self, grad_at_zero: Any) -> jax.Array:
         r"""The smallest c at which x = 0 minimizes loss + c R: where regularization paths start.
@@ -167,7 +172,7 @@ class Penalty(abc.ABC):
             ValueError: where R is not convex.
         """
         grad = _tree.widen(self._gather("grad_at_zero", grad_at_zero))
-        return _compiled("_critical_multiplier", self, grad)
+        return _compiled("_critical_multiplier", self, grad_at_zero, grad)
 
     def __mul__(self, multiplier: Any) -> "Penalty":
         from jaxreg.penalties import algebra  # which imports the penalties
@@ -237,7 +242,8 @@ class Penalty(abc.ABC):
             raise _check.ArgumentError("step", _check.describe(array), accepted)
         return array.astype(x.dtype)
 
-    def __repr__(self) -> str:
+    def _formula(self) -> str:
+        """How it is made, but for its leaves."""
         shown = []
         for field in dataclasses.fields(self):
             text = repr(getattr(self, field.name))
@@ -245,25 +251,33 @@ class Penalty(abc.ABC):
                 shown.append(text)
             elif field.name != "where" and text != repr(field.default):
                 shown.append(f"{field.name}={text}")
-        on = "" if self.where == _where.kernels else f".on({self.where!r})"
-        return f"{type(self).__name__}({', '.join(shown)}){on}"
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __repr__(self) -> str:
+        if self.where == _where.kernels:
+            return self._formula()
+        formula = f"({self._formula()})" if isinstance(self, Derived) else self._formula()
+        return f"{formula}.on({self.where!r})"
 
 
-def _compiled(method: str, penalty: Penalty, *arrays: jax.Array) -> jax.Array:
+def _compiled(method: str, penalty: Penalty, given: Any, *arrays: jax.Array) -> jax.Array:
     """A method on arrays of one dtype, with the penalty's numbers cast to it.
 
-    Compiled, so that outside of a user's own jit too it is one program, and its loops are compiled
-    once for each structure and shape.
+    `given` is what the user gave, whose dtype's precision counts. Compiled, so that outside of a
+    user's own jit too it is one program, and its loops are compiled once for each structure and
+    shape.
     """
-    on_device = jax.tree.map(lambda n: jnp.asarray(n) if np.ndim(n) else n, penalty)
-    return _call(method, on_device, *arrays)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _call(method: str, penalty: Penalty, *arrays: jax.Array) -> jax.Array:
     dtype = arrays[0].dtype
+    dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(given)]
+    eps = max(float(jnp.finfo(d).eps) for d in [*dtypes, dtype])
     cast = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), penalty)
-    return getattr(cast, method)(*arrays)
+    return _call(method, eps, cast, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(method: str, eps: float, penalty: Penalty, *arrays: jax.Array) -> jax.Array:
+    object.__setattr__(penalty, "_eps", eps)  # a copy that was unflattened for this call
+    return getattr(penalty, method)(*arrays)
 
 
 class Derived(Penalty):

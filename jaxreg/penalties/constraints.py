@@ -24,6 +24,10 @@ class Constraint(Penalty):
 
     scales = ()
 
+    def _rounding(self, x: jax.Array) -> float:
+        """A relative error that sums over x may have, in the dtype that x was given in."""
+        return rounding(x, self._eps)
+
     @abc.abstractmethod
     def _contains(self, x: jax.Array) -> jax.Array:
         """Whether x is in the set, up to rounding: one or more bools, all of which count."""
@@ -42,8 +46,18 @@ class Constraint(Penalty):
         if not self.convex:
             return super()._critical_multiplier(grad)
         # 0 is optimal where descent from it leads back to it; else no multiple makes it so.
-        stays = jnp.all(self._project(-grad, jnp.ones((), grad.dtype)) == 0)
+        reached = jnp.max(jnp.abs(self._project(-grad, jnp.ones((), grad.dtype))), initial=0)
+        stays = reached <= self._zero(grad)
         return jnp.where(stays, jnp.zeros((), grad.dtype), jnp.inf)
+
+    def _zero(self, grad: jax.Array) -> jax.Array | float:
+        """What counts as 0 in the projection of -grad."""
+        return 0.0
+
+
+def rounding(x: jax.Array, eps: float | None = None) -> float:
+    """A relative error that sums over x may have."""
+    return 32 * (eps or float(jnp.finfo(x.dtype).eps)) * max(1, x.size) ** 0.5
 
 
 def positive_step(step: jax.Array) -> jax.Array:
@@ -51,13 +65,7 @@ def positive_step(step: jax.Array) -> jax.Array:
     if step.ndim == 0:
         return step
     largest = jnp.max(step, initial=0)
-    floor = jnp.finfo(step.dtype).eps * largest
-    return jnp.where(largest > 0, jnp.maximum(step, floor), jnp.ones_like(step))
-
-
-def rounding(x: jax.Array) -> float:
-    """A relative error that sums over x may have."""
-    return 32 * float(jnp.finfo(x.dtype).eps) * max(1, x.size) ** 0.5
+    return jnp.where(largest > 0, jnp.maximum(step, 1e-25 * largest), jnp.ones_like(step))
 
 
 class Interval(Constraint):
@@ -69,19 +77,26 @@ class Interval(Constraint):
     def bounds(self) -> tuple[Any, Any]:
         """The lower and the upper bound."""
 
+    def _around(self) -> tuple[Any, Any, Any, Any]:
+        """Each bound less and plus the rounding of a sum such as p + (w - p)."""
+        lower, upper = (jnp.asarray(bound) for bound in self.bounds())
+        # An infinite bound has no rounding, and inf - inf would be NaN.
+        low, up = (16 * self._eps * jnp.where(jnp.isinf(b), 0, jnp.abs(b)) for b in (lower, upper))
+        return lower - low, lower + low, upper - up, upper + up
+
     def _contains(self, x: jax.Array) -> jax.Array:
-        lower, upper = self.bounds()
-        return (x >= lower) & (x <= upper)
+        below, _, _, beyond = self._around()
+        return (x >= below) & (x <= beyond)
 
     def _project(self, x: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.clip(x, *self.bounds())
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         # At the lower bound only an increase is allowed, at the upper one only a decrease.
-        lower, upper = self.bounds()
-        increase = jnp.where(x < upper, jnp.maximum(-grad, 0), 0)
-        decrease = jnp.where(x > lower, jnp.maximum(grad, 0), 0)
-        outside = (x < lower) | (x > upper)
+        below, at_lower, at_upper, beyond = self._around()
+        increase = jnp.where(x < at_upper, jnp.maximum(-grad, 0), 0)
+        decrease = jnp.where(x > at_lower, jnp.maximum(grad, 0), 0)
+        outside = (x < below) | (x > beyond)
         return jnp.where(outside, jnp.inf, jnp.maximum(increase, decrease))
 
 
@@ -191,11 +206,14 @@ class HalfSpace(Constraint):
     def _contains(self, x: jax.Array) -> jax.Array:
         normal = _same_shape("normal", self.normal, x)
         size = jnp.sum(jnp.abs(normal * x)) + jnp.abs(self.offset)
-        return jnp.sum(normal * x) - self.offset <= rounding(x) * size
+        return jnp.sum(normal * x) - self.offset <= self._rounding(x) * size
+
+    def _zero(self, grad: jax.Array) -> jax.Array:
+        return self._rounding(grad) * jnp.max(jnp.abs(grad), initial=0)
 
     def _project(self, x: jax.Array, step: jax.Array) -> jax.Array:
         normal = _same_shape("normal", self.normal, x)
-        step = jnp.ones_like(step) if step.ndim == 0 else step
+        step = unit_where_scalar(step)
         excess = jnp.maximum(jnp.sum(normal * x) - self.offset, 0)
         return x - excess / jnp.sum(step * jnp.square(normal)) * step * normal
 
@@ -241,7 +259,10 @@ class Affine(Constraint):
         matrix, offset = self._equations(x)
         size = jnp.abs(matrix) @ jnp.abs(x.ravel()) + jnp.abs(offset)
         excess = jnp.abs(jnp.matmul(matrix, x.ravel(), precision="highest") - offset)
-        return excess <= matrix.shape[0] * rounding(x) * size
+        return excess <= matrix.shape[0] * self._rounding(x) * size
+
+    def _zero(self, grad: jax.Array) -> jax.Array:
+        return self._rounding(grad) * jnp.max(jnp.abs(grad), initial=0)
 
     def _project(self, x: jax.Array, step: jax.Array) -> jax.Array:
         matrix, offset = self._equations(x)
@@ -250,6 +271,11 @@ class Affine(Constraint):
         excess = jnp.matmul(matrix, x.ravel(), precision="highest") - offset
         move = jnp.matmul(jnp.linalg.pinv(scaled), excess, precision="highest")
         return x - (root * move).reshape(x.shape)
+
+
+def unit_where_scalar(step: jax.Array) -> jax.Array:
+    """The step of a projection: a scalar one makes no difference."""
+    return jnp.ones_like(step) if step.ndim == 0 else step
 
 
 def _same_shape(name: str, array: jax.Array, x: jax.Array) -> jax.Array:

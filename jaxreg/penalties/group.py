@@ -9,6 +9,7 @@ adds up a number a group; there is no other collective.
 """
 
 import abc
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,22 @@ from jaxreg.penalties.separable import ratio, soft_threshold
 
 Array = jax.Array
 Number = float | Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _OfGroups(Penalty):
+    """A penalty of disjoint groups that have weights."""
+
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)  # noqa: RUF009
+    weights: Array | None = number(_check.weights, default=None, kw_only=True)  # noqa: RUF009
+
+    def _weighted(self, strength: Number, x: Array) -> tuple[Grouping, Array]:
+        """The groups of x, and the strength of each: the one given times its weight."""
+        groups = self.groups.of(x.shape)
+        if self.weights is None:
+            return groups, strength * jnp.sqrt(jnp.asarray(groups.sizes, x.dtype))
+        weights = groups.figures("weights", self.weights)
+        return groups, strength * jnp.broadcast_to(weights, groups.sizes.shape)
 
 
 class _SumOfNorms(Penalty):
@@ -59,7 +76,7 @@ class _SumOfNorms(Penalty):
 
 
 @penalty
-class GroupLasso(_SumOfNorms):
+class GroupLasso(_OfGroups, _SumOfNorms):
     r"""The group lasso, $R(x) = s \sum_g w_g \|x_g\|_2$: whole groups become exactly zero.
 
     For a scalar step its prox is $x_g \max(1 - step \cdot s w_g / \|x_g\|, 0)$. For a step a
@@ -85,12 +102,9 @@ class GroupLasso(_SumOfNorms):
     """
 
     strength: Number
-    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
-    weights: Array | None = number(_check.weights, default=None, kw_only=True)
 
     def _strengths(self, x: Array) -> tuple[Grouping, Array]:
-        groups = self.groups.of(x.shape)
-        return groups, self.strength * group_weights(self.weights, groups, x)
+        return self._weighted(self.strength, x)
 
 
 @penalty
@@ -118,7 +132,7 @@ class L2Norm(_SumOfNorms):
 
 
 @penalty
-class SparseGroupLasso(Penalty):
+class SparseGroupLasso(_OfGroups):
     r"""The sparse group lasso, $R(x) = l_1 \|x\|_1 + s \sum_g w_g \|x_g\|_2$.
 
     Whole groups become zero, and single coordinates within the others. Its prox is the soft
@@ -145,23 +159,17 @@ class SparseGroupLasso(Penalty):
 
     l1: Number
     group: Number
-    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
-    weights: Array | None = number(_check.weights, default=None, kw_only=True)
-
-    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
-        groups = self.groups.of(x.shape)
-        return groups, self.group * group_weights(self.weights, groups, x)
 
     def _value(self, x: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.group, x)
         return self.l1 * jnp.sum(jnp.abs(x)) + jnp.sum(a * groups.norm(x))
 
     def _prox(self, x: Array, step: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.group, x)
         return group_soft_threshold(soft_threshold(x, step * self.l1), step, groups, a)
 
     def _subdiff_distance(self, x: Array, grad: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.group, x)
         zero = groups.spread(groups.norm(x)) == 0
         # In a zero group the distance is that of the soft threshold to the ball of radius a; in
         # the others the L1 part is settled coordinate by coordinate.
@@ -174,28 +182,35 @@ class SparseGroupLasso(Penalty):
 
         $\|soft(g, c l_1)\| - c a$ is convex and falls with c: from 0 it is never overshot.
         """
-        groups, a = self._strengths(grad)
+        groups, a = self._weighted(self.group, grad)
 
-        def newton(c: Array) -> Array:
-            rest = jnp.maximum(jnp.abs(grad) - self.l1 * groups.spread(c), 0)
+        def newton(c: Array, grad: Array, l1: Array, a: Array) -> Array:
+            rest = jnp.maximum(jnp.abs(grad) - l1 * groups.spread(c), 0)
             norm = groups.norm(rest)
-            fall = a + self.l1 * groups.sum(rest) / jnp.where(norm > 0, norm, 1)
-            rise = ratio(jnp.maximum(norm - c * a, 0), fall)
-            return c + rise
+            fall = a + l1 * groups.sum(rest) / jnp.where(norm > 0, norm, 1)
+            rise = (norm - c * a) / jnp.where(fall > 0, fall, 1)
+            return jnp.where(fall > 0, c + rise, jnp.where(norm > 0, jnp.inf, c))
 
-        def go_on(state: tuple[Array, Array, Array]) -> Array:
+        given = grad, jnp.asarray(self.l1), a
+        fixed = jax.lax.stop_gradient(given)
+
+        def rises(state: tuple[Array, Array, Array]) -> Array:
             count, before, c = state
             return (count < 100) & jnp.any(c > before)
 
-        zero = jnp.zeros_like(groups.norm(grad))
-        start = (jnp.zeros((), jnp.int32), zero - 1, zero)
-        step = lambda state: (state[0] + 1, state[2], newton(state[2]))  # noqa: E731
-        _, _, c = jax.lax.while_loop(go_on, step, start)
-        return jnp.max(c, initial=0)
+        def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            count, _, c = state
+            return count + 1, c, newton(c, *fixed)
+
+        zero = jnp.zeros_like(fixed[2])
+        start = (jnp.zeros((), jnp.int32), zero, newton(zero, *fixed))
+        _, before, _ = jax.lax.while_loop(rises, step, start)
+        # The last step again, which carries the derivative.
+        return jnp.max(newton(before, *given), initial=0)
 
 
 @penalty
-class GroupMCP(Penalty):
+class GroupMCP(_OfGroups):
     r"""The minimax concave penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
 
     r is that of `MCP`. Its prox scales each group so that its norm becomes the prox of MCP at it.
@@ -221,29 +236,23 @@ class GroupMCP(Penalty):
 
     strength: Number
     gamma: Number = number(_check.positive_finite, default=3.0)
-    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
-    weights: Array | None = number(_check.weights, default=None, kw_only=True)
-
-    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
-        groups = self.groups.of(x.shape)
-        return groups, self.strength * group_weights(self.weights, groups, x)
 
     def _value(self, x: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.strength, x)
         return jnp.sum(mcp_value(groups.norm(x), a, self.gamma))
 
     def _prox(self, x: Array, step: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.strength, x)
         norm = groups.norm(x)
         return _rescaled(x, norm, mcp_prox(norm, step, a, self.gamma), groups)
 
     def _subdiff_distance(self, x: Array, grad: Array) -> Array:
-        groups, a = self._strengths(x)
+        groups, a = self._weighted(self.strength, x)
         return radial_distance(x, grad, groups, mcp_slope(groups.norm(x), a, self.gamma))
 
 
 @penalty
-class GroupSCAD(Penalty):
+class GroupSCAD(_OfGroups):
     r"""The SCAD penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
 
     r is that of `SCAD`. Its prox scales each group so that its norm becomes the prox of SCAD at
@@ -269,60 +278,47 @@ class GroupSCAD(Penalty):
 
     strength: Number
     a: Number = number(_check.above_one, default=3.7)
-    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
-    weights: Array | None = number(_check.weights, default=None, kw_only=True)
-
-    def _strengths(self, x: Array) -> tuple[Grouping, Array]:
-        groups = self.groups.of(x.shape)
-        return groups, self.strength * group_weights(self.weights, groups, x)
 
     def _value(self, x: Array) -> Array:
-        groups, strengths = self._strengths(x)
+        groups, strengths = self._weighted(self.strength, x)
         return jnp.sum(scad_value(groups.norm(x), strengths, self.a))
 
     def _prox(self, x: Array, step: Array) -> Array:
-        groups, strengths = self._strengths(x)
+        groups, strengths = self._weighted(self.strength, x)
         norm = groups.norm(x)
         return _rescaled(x, norm, scad_prox(norm, step, strengths, self.a), groups)
 
     def _subdiff_distance(self, x: Array, grad: Array) -> Array:
-        groups, strengths = self._strengths(x)
+        groups, strengths = self._weighted(self.strength, x)
         return radial_distance(x, grad, groups, scad_slope(groups.norm(x), strengths, self.a))
-
-
-def group_weights(weights: Array | None, groups: Grouping, x: Array) -> Array:
-    """The weight of each group: as given, or the square root of its size."""
-    if weights is None:
-        return jnp.sqrt(jnp.asarray(groups.sizes, x.dtype))
-    return jnp.broadcast_to(groups.figures("weights", weights), groups.sizes.shape)
 
 
 def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> Array:
     """The prox of the sum of a |x_g| over groups, for a scalar or an elementwise step."""
     norm = groups.norm(x)
     if step.ndim == 0:
-        return _rescaled(x, norm, jnp.maximum(norm - step * a, 0), groups)
+        pull = step * a
+        factor = jnp.maximum(norm - pull, 0) / jnp.where(norm > 0, norm, 1)
+        return groups.scaled(x, jnp.where(pull == 0, 1, factor))
     pull = step * groups.spread(a)
     # |x / pull| <= 1 without dividing by a pull of 0; the comparison has no derivative.
     z, p = jax.lax.stop_gradient((x, pull))
     inside = groups.sum(jnp.square(jnp.where(z == 0, 0, z / jnp.where(z == 0, 1, p)))) <= 1
-    zero = inside | (norm == 0)
+    zero = groups.spread(inside | (norm == 0))
     # A zero group gets an equation that has a root, and its result is not used.
-    z = jnp.where(groups.spread(zero), jnp.ones_like(x), x)
-    pull = jnp.where(groups.spread(zero), jnp.zeros_like(x), pull)
+    z = jnp.where(zero, jnp.ones_like(x), x)
+    p = jnp.where(zero, jnp.zeros_like(x), pull)
     one = jnp.ones((), x.dtype)
-    theta = groups.spread(secular_root(z, pull, one, one, groups))
-    return jnp.where(groups.spread(zero), 0, x * (theta / (theta + pull)))
+    theta = groups.spread(secular_root(z, p, one, one, groups))
+    return jnp.where(pull == 0, x, jnp.where(zero, 0, x * (theta / (theta + p))))
 
 
 def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Array:
     """`subdiff_distance` of a function of each group's norm that has this slope there."""
-    norm, size = groups.norm(x), groups.norm(grad)
-    outward = x / groups.spread(jnp.where(norm > 0, norm, 1))
+    (norm, outward), (size, _) = groups.direction(x), groups.direction(grad)
     at_zero = jnp.abs(grad) * groups.spread(ratio(jnp.maximum(size - slope, 0), size))
-    return jnp.where(
-        groups.spread(norm) == 0, at_zero, jnp.abs(grad + groups.spread(slope) * outward)
-    )
+    elsewhere = jnp.abs(grad + groups.spread(slope) * outward)
+    return jnp.where(groups.spread(norm) == 0, at_zero, elsewhere)
 
 
 def _rescaled(x: Array, norm: Array, new_norm: Array, groups: Grouping) -> Array:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _check
+from jaxreg import _check, _tree
+from jaxreg import where as _where
 from jaxreg.penalties.base import Derived, Penalty, number, part, penalty, static
 
 Array = jax.Array
@@ -59,6 +60,11 @@ class Joint(Derived):
     penalty: Penalty = number(part)
     members: Members = static(_as_members)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.where == _where.kernels:  # a selector may be on the part as well
+            object.__setattr__(self, "where", self.penalty.where)
+
     def _value(self, x: Array) -> Array:
         return self.penalty._value(x)
 
@@ -88,7 +94,7 @@ class Joint(Derived):
         if len(set(counts.values())) > 1:
             accepted = "leaves with the same number of groups"
             raise _check.ArgumentError("members", f"{counts} groups in {name}", accepted)
-        dtype = jnp.result_type(*stacks)
+        dtype = max((_tree.wide_dtype(stack.dtype) for stack in stacks), key=lambda d: d.itemsize)
         return jnp.concatenate([stack.astype(dtype) for stack in stacks])
 
     def _scatter(self, array: Array, x: Any) -> dict[str, Array]:
@@ -103,6 +109,5 @@ class Joint(Derived):
             start += size
         return parts
 
-    def __repr__(self) -> str:
-        on = super().__repr__().partition(".on")[2]
-        return f"Joint({self.penalty!r}, {dict(self.members)!r})" + (f".on{on}" if on else "")
+    def _formula(self) -> str:
+        return f"Joint({self.penalty._formula()}, {dict(self.members)!r})"

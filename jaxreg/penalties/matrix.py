@@ -87,7 +87,7 @@ class _Projection(Constraint):
         x = jax.lax.stop_gradient(x)
         moved = jnp.abs(x - self._project(x, jnp.ones((), x.dtype)))
         largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
-        return moved <= _tolerance(x) * largest
+        return moved <= _tolerance(x, self._eps) * largest
 
 
 @penalty
@@ -188,7 +188,7 @@ class Orthogonal(Constraint):
     def _contains(self, x: jax.Array) -> jax.Array:
         if _matrices(x).size == 0:
             return jnp.ones((), bool)
-        return spectral.gram_error(x) <= _tolerance(x)
+        return spectral.gram_error(x) <= _tolerance(x, self._eps)
 
     def _project(self, x: jax.Array, step: jax.Array) -> jax.Array:
         return _apply(spectral.POLAR, self.method, x, jnp.zeros((), x.dtype))
@@ -209,6 +209,6 @@ def _matrices(x: jax.Array) -> jax.Array:
     return x
 
 
-def _tolerance(x: jax.Array) -> float:
+def _tolerance(x: jax.Array, eps: float) -> float:
     """A relative error that products over the rows or columns may have."""
-    return 32 * float(jnp.finfo(x.dtype).eps) * max(1, *x.shape[-2:]) ** 0.5
+    return 32 * eps * max(1, *x.shape[-2:]) ** 0.5

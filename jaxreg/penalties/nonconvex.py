@@ -41,7 +41,8 @@ class L0(Separable):
         return self.strength * jnp.sum((x != 0).astype(x.dtype))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.where(jnp.square(x) > 2 * step * self.strength, x, 0)
+        pull = jax.lax.stop_gradient(2 * step * self.strength)
+        return jnp.where((jnp.abs(x) > jnp.sqrt(pull)) | (pull == 0), x, 0)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         return jnp.where((x == 0) & (self.strength > 0), 0, jnp.abs(grad))
@@ -63,8 +64,8 @@ class LHalf(Separable):
         ValueError: where the strength is negative, infinite, NaN or no scalar.
 
     >>> import jax.numpy as jnp, jaxreg
-    >>> print(jaxreg.LHalf(1.0).prox(jnp.array([1.4, 10.0]), step=1.0).round(3))
-    [0.    9.841]
+    >>> [f"{w:.3f}" for w in jaxreg.LHalf(1.0).prox(jnp.array([1.4, 10.0])).tolist()]
+    ['0.000', '9.841']
     """
 
     convex, sparse = False, True
@@ -79,7 +80,8 @@ class LHalf(Separable):
         kept = size * jnp.sqrt(size) > 1.5**1.5 * pull
         safe = jnp.where(kept, size, 1)
         q = jnp.where(kept, pull / (2 * safe * jnp.sqrt(safe)), 0)
-        return jnp.where(kept, x * jnp.square(_largest_root(q)), 0)
+        shrunk = jnp.where(kept, x * jnp.square(_largest_root(q)), 0)
+        return jnp.where(pull == 0, x, shrunk)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         return _power_distance(x, grad, self.strength, 0.5)
@@ -117,14 +119,16 @@ class LTwoThirds(Separable):
         # pull^(3/4) from roots, which cost less than a power.
         root = jnp.sqrt(_positive(pull))
         kept = size > jnp.where(pull > 0, 2 * root * jnp.sqrt(root), 0)
-        # Newton's method from above the cube root of |x|, where the polynomial is >= 0.
+        # Newton's method for u / c, from c just above the cube root of |x|, where the polynomial
+        # is >= 0.
         z = jnp.where(kept, size, 1)
-        p = jnp.where(kept, pull, 0)
-        u = jax.lax.stop_gradient(_above_cube_root(z))
+        c = jax.lax.stop_gradient(_above_cube_root(z))
+        z, q = z / c / c / c, jnp.where(kept, pull, 0) / (c * c) / (c * c)
+        v = jnp.ones_like(z)
         for _ in range(6 if x.dtype == jnp.float64 else 5):
-            cube = u**3
-            u = (3 * cube * u - p) / (4 * cube - z)
-        return jnp.where(pull == 0, x, jnp.where(kept, jnp.sign(x) * u**3, 0))
+            cube = v**3
+            v = (3 * cube * v - q) / (4 * cube - z)
+        return jnp.where(pull == 0, x, jnp.where(kept, jnp.sign(x) * (c * v) ** 3, 0))
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         return _power_distance(x, grad, self.strength, 2 / 3)
@@ -239,15 +243,17 @@ class LogSum(Separable):
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
         pull, size, epsilon = step * self.strength, jnp.abs(x), self.epsilon
         # The stationary points solve w^2 + (eps - |x|) w + (pull - |x| eps) = 0.
-        discriminant = jnp.square(size + epsilon) - 4 * pull
-        real = discriminant > 0
-        root = jnp.where(real, jnp.sqrt(jnp.where(real, discriminant, 1)), 0)
+        # Its discriminant is (|x| + eps)^2 - 4 pull, taken apart so that no square overflows.
+        root_pull = jnp.where(pull > 0, 2 * jnp.sqrt(_positive(pull)), 0)
+        real = size + epsilon > root_pull
+        low, high = (jnp.where(real, size + epsilon + s * root_pull, 1) for s in (-1, 1))
+        root = jnp.where(real, jnp.sqrt(low) * jnp.sqrt(high), 0)
         half = size - epsilon
         # The second form is the first one without cancellation.
         below = 2 * (size * epsilon - pull) / jnp.where(half < 0, root - half, 1)
         w = jnp.maximum(jnp.where(half < 0, below, (half + root) / 2), 0)
-        # Up to pull = eps^2 the objective is convex and its stationary point the minimizer. In
-        # units of the point, so that neither overflows: objective(w) - objective(0).
+        # Up to pull = eps^2 the objective is convex and its stationary point the minimizer. The
+        # gain is step (objective(w) - objective(0)).
         gain = pull * jnp.log1p(w / epsilon) + w * (w / 2 - size)
         best = real & ((pull <= jnp.square(epsilon)) | (gain < 0))
         return jnp.where(pull == 0, x, jnp.where(best, jnp.sign(x) * w, 0))
@@ -275,7 +281,7 @@ def mcp_prox(x: jax.Array, step: jax.Array, s: Number, gamma: Number) -> jax.Arr
     convex = step < gamma
     shrunk = soft_threshold(x, step * s) / jnp.where(convex, 1 - step / gamma, 1)
     firm = jnp.where(jnp.abs(x) <= gamma * s, shrunk, x)
-    hard = jnp.where(jnp.square(x) > step * gamma * s * s, x, 0)
+    hard = jnp.where(jnp.abs(x) > s * jnp.sqrt(jax.lax.stop_gradient(step * gamma)), x, 0)
     return jnp.where(convex, firm, hard)
 
 

@@ -50,14 +50,16 @@ class LInf(Penalty):
 
     def _prox(self, x: Array, step: Array) -> Array:
         groups, size = self.groups.of(x.shape), jnp.abs(x)
+        pull = self.strength * positive_step(step)
+        # In units of the pull, for which 1 is the sum; no coordinate alone is cut by more.
+        safe = jnp.where(pull > 0, pull, 1)
+        start = jax.lax.stop_gradient(groups.max(jnp.maximum(size - safe, 0)))
         one = jnp.ones((), x.dtype)
         if step.ndim == 0:
-            height, width, total = size, one, self.strength * step
+            level = waterline(size, one, safe, groups, start)
         else:
-            width = 1 / positive_step(step)
-            height, total = size * width, self.strength
-        start = jnp.zeros((), x.dtype)
-        level = jnp.maximum(waterline(height, width, total, groups, start), 0)
+            level = waterline(size / safe, 1 / safe, one, groups, start)
+        level = jnp.maximum(level, 0)
         limited = jnp.sign(x) * jnp.minimum(size, groups.spread(level))
         return jnp.where((step == 0) | (self.strength == 0), x, limited)
 

@@ -11,10 +11,7 @@ $\tau = 0$ the minimum is the norm itself. A primal-dual interior-point method (
 Vandenberghe, *Convex Optimization*, 2004, section 11.7) in u and $\mu$ comes near the solution from
 any start; Newton steps on the groups that are active there make it exact, and the last of them
 carries the derivative (the implicit function theorem).
-
-Coordinates that lie in the same groups and have the same step count as one, so that for a scalar
-step the iterations cost nothing in the size of x. Each solves a dense system of the number of
-groups G: time G^3, memory G^2.
+For a scalar step, coordinates in the same groups count as one in all of this.
 """
 
 import functools
@@ -34,22 +31,17 @@ from jaxreg.penalties.separable import ratio
 Array = jax.Array
 Number = float | Array
 
-# About 10 are needed. In double precision 60 were too few in 3 of 1800 hard problems, whose x
-# ranged over ten orders of magnitude; in single precision, where it ranged over five.
-MAX_ITERATIONS = 60
+MAX_ITERATIONS = 60  # about 10 are needed
 
 
 class _Cover:
-    """Groups that may overlap, and the patterns: sets of coordinates that lie in the same groups.
-
-    A value by its groups, whatever the order of the coordinates within one.
-    """
+    """Groups that may overlap; a pattern is a set of coordinates that lie in the same groups."""
 
     def __init__(self, groups: list[np.ndarray]):
         self.groups = groups
         self.size = 1 + max((int(group[-1]) for group in groups), default=-1)
         self.weights = np.sqrt([float(group.size) for group in groups])
-        self._hash = hash(tuple(group.tobytes() for group in groups))
+        self._key = tuple(group.tobytes() for group in groups)
 
     @functools.cached_property
     def pattern(self) -> np.ndarray:
@@ -65,9 +57,9 @@ class _Cover:
     def members(self) -> list[np.ndarray]:
         """The groups of each pattern."""
         found: list[list[int]] = [[] for _ in range(self.pattern.max(initial=-1) + 1)]
-        for number_, group in enumerate(self.groups):
+        for position, group in enumerate(self.groups):
             for pattern in np.unique(self.pattern[group]):
-                found[pattern].append(number_)
+                found[pattern].append(position)
         return [np.array(groups, np.int32) for groups in found]
 
     @functools.cached_property
@@ -78,31 +70,28 @@ class _Cover:
     @functools.cached_property
     def meetings(self) -> tuple[np.ndarray, np.ndarray]:
         """Every (pattern, cell of a G by G matrix) such that it lies in the groups of both axes."""
-        count = len(self.groups)
-        return _table([np.add.outer(count * g, g).ravel() for g in self.members])
+        return _table([np.add.outer(len(self.groups) * g, g).ravel() for g in self.members])
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, _Cover)
-            and self._hash == other._hash
-            and len(self.groups) == len(other.groups)
-            and all(map(np.array_equal, self.groups, other.groups))
-        )
+        return self is other or (isinstance(other, _Cover) and self._key == other._key)
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._key)
 
     def __repr__(self) -> str:
-        if sum(group.size for group in self.groups) <= 20:
-            return str([group.tolist() for group in self.groups])
-        return f"<{len(self.groups)} groups of {self.size} coordinates>"
+        text = str([group.tolist() for group in self.groups])
+        counts = f"<{len(self.groups)} groups of {self.size} coordinates>"
+        return text if len(text) <= 80 else counts
+
+    def pool(self, x: Array) -> Array:
+        """The sum of x over each pattern."""
+        return jax.ops.segment_sum(x, self.pattern, len(self.members))
 
 
 def _table(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The entries of all rows, each with the number of its row."""
-    sizes = [row.size for row in rows]
-    entries = np.concatenate([np.zeros(0, np.int32), *rows])
-    return np.repeat(np.arange(len(rows)), sizes), entries
+    numbers = np.repeat(np.arange(len(rows)), [row.size for row in rows])
+    return numbers, np.concatenate([np.zeros(0, np.int32), *rows])
 
 
 def _as_cover(name: str, value: Any) -> _Cover:
@@ -114,32 +103,27 @@ def _as_cover(name: str, value: Any) -> _Cover:
         raise _check.ArgumentError(name, _check.describe(value), accepted)
     groups = []
     for group in value:
-        traced = isinstance(group, Tracer)
-        indices = np.empty(0, object) if traced else _indices(group)
-        if indices.ndim != 1 or indices.dtype.kind not in "iu":
-            raise _check.ArgumentError(name, f"the group {_check.describe(group)}", accepted)
-        if indices.size == 0:
-            raise _check.ArgumentError(name, "an empty group", accepted)
-        indices = np.sort(indices).astype(np.int64)
-        if indices[0] < 0 or (np.diff(indices) == 0).any():
-            what = "a negative index" if indices[0] < 0 else "an index twice"
-            given = f"{what} in the group {_check.describe(group)}"
-            raise _check.ArgumentError(name, given, accepted)
-        groups.append(indices)
+        try:
+            indices = np.atleast_1d([] if isinstance(group, Tracer) else np.asarray(group))
+        except ValueError:  # sequences of unequal lengths
+            indices = np.zeros(1, object)
+        fault = ""
+        if not isinstance(group, Tracer) and indices.size == 0:
+            fault = "an empty group"
+        elif indices.ndim != 1 or indices.dtype.kind not in "iu" or np.isscalar(group):
+            fault = "no indices"
+        elif indices.min() < 0:
+            fault = "a negative index"
+        elif np.unique(indices).size < indices.size:
+            fault = "an index twice"
+        if fault:
+            raise _check.ArgumentError(name, f"{fault}: {_check.describe(group)}", accepted)
+        groups.append(np.sort(indices).astype(np.int64))
     cover = _Cover(groups)
-    missing = np.setdiff1d(np.arange(cover.size), np.concatenate([np.zeros(0, int), *groups]))
-    if missing.size:
-        given = f"groups up to index {cover.size - 1} without {missing[0]}"
+    if missing := set(range(cover.size)).difference(*groups):
+        given = f"groups up to index {cover.size - 1} without {min(missing)}"
         raise _check.ArgumentError(name, given, "groups that cover every coordinate")
     return cover
-
-
-def _indices(group: Any) -> np.ndarray:
-    try:
-        indices = np.asarray(list(group) if isinstance(group, range) else group)
-    except ValueError:  # of unequal lengths
-        return np.empty(0, object)
-    return indices.astype(np.int64) if indices.shape == (0,) else indices
 
 
 def _positive(name: str, value: Any) -> Any:
@@ -154,12 +138,9 @@ class _Problem(NamedTuple):
     """The problem over mu; a cell is a pattern, or for a step a coordinate, a coordinate."""
 
     cover: _Cover
-    squares: Array
-    """x^2 summed over each cell, of shape (cells,)."""
-    tau: Array
-    """A scalar, or one number a cell."""
-    weights: Array
-    """One number a group."""
+    squares: Array  # x^2 summed over each cell, of shape (cells,)
+    tau: Array  # a scalar, or one number a cell
+    weights: Array  # one number a group
 
     def frozen(self) -> "_Problem":
         return _Problem(self.cover, *map(lax.stop_gradient, self[1:]))
@@ -167,9 +148,7 @@ class _Problem(NamedTuple):
     def reach(self, mu: Array) -> Array:
         """M: for each cell the sum of mu over its groups."""
         pattern, group = self.cover.pairs
-        sums = jax.ops.segment_sum(
-            mu[group], pattern, len(self.cover.members), indices_are_sorted=True
-        )
+        sums = jax.ops.segment_sum(mu[group], pattern, len(self.cover.members))
         return sums[self.cover.pattern] if self.tau.ndim else sums
 
     def total(self, cells: Array) -> Array:
@@ -184,30 +163,21 @@ class _Problem(NamedTuple):
         return sums.reshape(count, count)
 
     def _pool(self, cells: Array) -> Array:
-        return _over_patterns(self.cover, cells) if self.tau.ndim else cells
+        return self.cover.pool(cells) if self.tau.ndim else cells
 
     def denominator(self, mu: Array) -> Array:
         """The sum tau + M, and 1 where x is 0, as 0 / 0 is 0 there."""
         return jnp.where(self.squares > 0, self.tau + self.reach(mu), 1)
 
 
-def _over_patterns(cover: _Cover, x: Array) -> Array:
-    return jax.ops.segment_sum(x, cover.pattern, len(cover.members))
-
-
 def _multipliers(problem: _Problem) -> Array:
     """The solution mu, with derivatives; exactly 0 for a group that is not active.
 
-    While the interior points go on, Newton steps go ahead of them: from the last one where it was
-    the best so far, else from the interior point. Once the active groups are the right ones, few
-    are needed.
+    Newton steps go ahead of the interior points: each from the last one where that was the best so
+    far, else from the interior point.
     """
     fixed = problem.frozen()
     tolerance = 16 * float(jnp.finfo(problem.squares.dtype).eps)
-
-    def unsolved(state: tuple[Any, ...]) -> Array:
-        *_, error, count = state
-        return (error > tolerance) & (count < MAX_ITERATIONS)
 
     def iterate(state: tuple[Any, ...]) -> tuple[Any, ...]:
         point, start, best, error, count = state
@@ -219,8 +189,8 @@ def _multipliers(problem: _Problem) -> Array:
         return point, start, best, jnp.where(better, found, error), count + 1
 
     point = _interior_start(fixed)
-    error = jnp.full((), jnp.inf, problem.squares.dtype)
-    state = lax.while_loop(unsolved, iterate, (point, point.mu, point.mu, error, 0))
+    state = (point, point.mu, point.mu, jnp.full((), jnp.inf, point.mu.dtype), 0)
+    state = lax.while_loop(lambda s: (s[3] > tolerance) & (s[4] < MAX_ITERATIONS), iterate, state)
     point, _, best, error, _ = state
     # Where the active groups were not found, the interior point is the better answer.
     best = jnp.where(error < tolerance**0.5, best, point.mu)
@@ -239,9 +209,8 @@ def _violation(problem: _Problem, mu: Array) -> Array:
 def _newton_step(problem: _Problem, mu: Array) -> Array:
     """Solves ||u_g|| = w_g for the groups that are active near mu, to first order.
 
-    A group is active where its own Newton step, on the equation 1 / ||u_g|| = 1 / w_g that is
-    nearly linear, stays above 0. The derivative is that of the right-hand side alone: at the
-    solution, where that is 0, it is the whole.
+    A group is active where its own Newton step on the nearly linear 1 / ||u_g|| = 1 / w_g stays
+    above 0. The derivative is that of the right-hand side, the whole where that is 0.
     """
     fixed = problem.frozen()
     d = fixed.denominator(mu)
@@ -274,21 +243,21 @@ def _solve(hessian: Array, active: Array, rhs: Array) -> Array:
     rhs = jnp.where(active, scale * rhs, 0)
     solution = cho_solve(factor, rhs)
     for _ in range(2):
-        left = rhs - jnp.matmul(matrix, solution, precision="highest")
-        solution = solution + cho_solve(factor, left)
+        product = jnp.matmul(matrix, solution, precision="highest")
+        solution += cho_solve(factor, rhs - product)
     return scale * solution
 
 
 class _Point(NamedTuple):
     """Inside the bounds mu, z > 0; z is the slack w^2 - ||u||^2 of each group."""
 
-    u: Array
-    mu: Array
+    u: Array  # one number a cell
+    mu: Array  # one number a group
     z: Array
 
 
 def _interior_start(problem: _Problem) -> _Point:
-    """A start at which every ||u_g|| <= w_g."""
+    """Here every ||u_g|| <= w_g."""
     size, bound = jnp.sqrt(problem.squares), jnp.square(problem.weights)
     mu = _unit(problem) / bound
     u = size / (problem.tau + problem.reach(mu))
@@ -330,7 +299,7 @@ def _interior_step(problem: _Problem, point: _Point) -> _Point:
     move, room = toward(jnp.clip((reached / gap) ** 3, 0.01, 1) * gap)
     step = jnp.minimum(0.99 * room, 1)
     moved = jax.tree.map(lambda at, to: at + step * to, point, move)
-    finite = jnp.all(jnp.isfinite(moved.mu)) & jnp.all(jnp.isfinite(moved.z))
+    finite = jnp.all(jnp.isfinite(moved.mu + moved.z))
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, point)
 
 
@@ -349,12 +318,13 @@ class OverlappingGroupLasso(Penalty):
 
     For disjoint groups it is the group lasso. (The sum of the norms $\|x_g\|$ themselves is another
     penalty: its zeros, not its nonzeros, are a union of groups.) Value and prox are found to
-    rounding by an iteration of bounded length, see `jaxreg.penalties.overlapping`; time grows with
-    the cube of the number of groups. In float32 with an x whose entries range over more than four
-    orders of magnitude, a prox can be off by 1e-4 of the largest entry and its zeros inexact. Under sharding, one reduction adds up a number for each set
-    of coordinates that lie in the same groups; for a step a coordinate the iteration itself has
-    more of them. Source: L. Jacob, G. Obozinski and J.-P. Vert, *Group lasso with overlap and
-    graph lasso*, ICML 2009.
+    rounding by an iteration of bounded length; for G groups it takes G^3 time and G^2 memory, and
+    has derivatives of first order.
+    Where entries of x differ by many orders of magnitude, and rarely elsewhere in float32, it ends
+    at a nearby point, whose zeros are not exact. Under sharding, one reduction adds up a number for
+    each set of coordinates in the same groups; for a step a coordinate each iteration has more.
+    Source: L. Jacob, G. Obozinski and J.-P. Vert, *Group lasso with overlap and graph lasso*,
+    ICML 2009.
 
     Args:
         strength: s, a number >= 0, or a traced scalar.
@@ -364,9 +334,8 @@ class OverlappingGroupLasso(Penalty):
             default the square root of the group's size.
 
     Raises:
-        ValueError: where the strength is negative, infinite or NaN, a weight is not > 0 or there is
-            not one a group, a group is empty, repeats an index or holds what is none, or the
-            groups do not cover x.
+        ValueError: where the strength is negative, infinite or NaN, the weights do not fit, a group
+            is empty, repeats an index or holds what is none, or the groups do not cover x.
 
     >>> import jax.numpy as jnp
     >>> from jaxreg.penalties.overlapping import OverlappingGroupLasso
@@ -387,8 +356,7 @@ class OverlappingGroupLasso(Penalty):
         problem = self._problem(x / scale, jnp.zeros((), x.dtype))
         mu = _multipliers(problem)
         fit = jnp.sum(problem.squares / _positive_or_one(problem.denominator(mu)))
-        size = jnp.sum(mu * jnp.square(problem.weights))
-        return self.strength * scale * (fit + size) / 2
+        return self.strength * scale * (fit + jnp.sum(mu * jnp.square(problem.weights))) / 2
 
     def _prox(self, x: Array, step: Array) -> Array:
         scale = _scale(x)
@@ -417,17 +385,15 @@ class OverlappingGroupLasso(Penalty):
         if weights.shape not in ((), count):
             accepted = f"a scalar, or an array of shape {count}: one number a group"
             raise _check.ArgumentError("weights", _check.describe(weights), accepted)
-        squares = jnp.square(x).ravel()
-        cells = squares if tau.ndim else _over_patterns(cover, squares)
-        return _Problem(
-            cover, cells, tau.ravel() if tau.ndim else tau, weights * jnp.ones(count, x.dtype)
-        )
+        weights, squares = jnp.broadcast_to(weights, count), jnp.square(x).ravel()
+        if tau.ndim == 0:
+            return _Problem(cover, cover.pool(squares), tau, weights)
+        return _Problem(cover, squares, tau.ravel(), weights)
 
 
 def _scale(x: Array) -> Array:
     """The largest entry: R and its prox are homogeneous, so that any constant is right."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
-    return jnp.where(largest > 0, largest, 1)
+    return _positive_or_one(lax.stop_gradient(jnp.max(jnp.abs(x), initial=0)))
 
 
 def _positive_or_one(x: Array) -> Array:

@@ -18,7 +18,8 @@ _MAX_STEPS = 50  # far above what finite numbers need
 def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Grouping) -> Array:
     r"""The root $\mu$ of each group, 0 where the left side is below $r^2$ already at 0.
 
-    Differentiable in z, alpha and beta: the last step carries the derivative.
+    Differentiable in z, alpha and beta up to the third order: the last two steps carry the
+    derivatives.
 
     Args:
         z: an array of any shape.
@@ -61,4 +62,4 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
     first = from_below(*fixed)
     state = (jnp.zeros((), jnp.int32), first, jnp.maximum(newton(first, *fixed), first))
     _, _, mu = jax.lax.while_loop(rises, step, state)
-    return newton(mu, z, alpha, beta)
+    return newton(newton(mu, z, alpha, beta), z, alpha, beta)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jaxreg.groups import Grouping
 
 Array = jax.Array
+State = tuple[Array, Array, Array, Array]
+_MAX_STEPS = 1000  # far above what finite numbers need
 
 
 def waterline(
@@ -36,24 +38,30 @@ def waterline(
         slope: 0 or 1.
     """
 
-    def newton(level: Array, z: Array, t: Array, total: Array) -> Array:
-        active = z > groups.spread(level) * t
-        heights = groups.sum(jnp.where(active, z, 0))
+    def newton(level: Array, z: Array, t: Array, total: Array) -> tuple[Array, Array]:
+        """The next level, and by how much this one is too low: the water above it."""
+        above = z - groups.spread(level) * t
+        active = above > 0
+        water = groups.sum(jnp.where(active, above, 0)) - total - slope * level
         width = groups.sum(jnp.where(active, t, jnp.zeros_like(z))) + slope
-        return jnp.where(width > 0, (heights - total) / jnp.where(width > 0, width, 1), level)
+        return level + jnp.where(width > 0, water / jnp.where(width > 0, width, 1), 0), water
 
     fixed = jax.lax.stop_gradient((z, t, total))
+    eps = float(jnp.finfo(z.dtype).eps)
 
-    def rises(levels: tuple[Array, Array]) -> Array:
-        before, level = levels
-        return jnp.any(level > before)
+    def too_low(state: State) -> Array:
+        count, level, _, water = state
+        return (count < _MAX_STEPS) & jnp.any(water > 8 * eps * (fixed[2] + slope * level))
 
-    def step(levels: tuple[Array, Array]) -> tuple[Array, Array]:
-        _, level = levels
-        # Rounding may send a step back by the last bit: only a rise goes on.
-        return level, jnp.maximum(newton(level, *fixed), level)
+    def step(state: State) -> State:
+        count, level, higher, water = state
+        # By a bit at least: where widths differ by many orders of magnitude, a step to the height
+        # of a wide coordinate may be rounded to below it.
+        higher = jnp.maximum(higher, level + eps * jnp.abs(level))
+        level = jnp.where(water > 0, higher, level)
+        return count + 1, level, *newton(level, *fixed)
 
     start = jax.lax.stop_gradient(jnp.broadcast_to(start, groups.sum(z).shape))
-    first = jnp.maximum(newton(start, *fixed), start)
-    _, level = jax.lax.while_loop(rises, step, (start, first))
-    return newton(level, z, t, total)
+    state = (jnp.zeros((), jnp.int32), start, *newton(start, *fixed))
+    level = jax.lax.while_loop(too_low, step, state)[1]
+    return newton(level, z, t, total)[0]

@@ -154,8 +154,9 @@ def _refuse_gain(place: Place, gains: list[Any], params: Any) -> None:
                 "a gain for each leaf with a penalty: put the penalty .on the leaves that the "
                 "direction is for, or give a metric that has a gain for the others",
             )
+    one_for_all = all(gains[i] is gains[leaves[0]] for i in leaves)
     elementwise = any(jnp.shape(gains[i]) for i in leaves)
-    if elementwise and not place.penalty.elementwise_step:
+    if (elementwise or not one_for_all) and not place.penalty.elementwise_step:
         raise _check.ArgumentError(
             "penalty",
             f"{place.penalty!r}, which has no closed form in a diagonal metric",
