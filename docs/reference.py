@@ -1,4 +1,4 @@
-"""The README's table of penalties, made from the classes: ``python docs/reference.py`` writes it."""
+"""The README's table of penalties, from the classes; ``python docs/reference.py`` writes it."""
 
 import dataclasses
 import re

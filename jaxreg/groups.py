@@ -9,8 +9,8 @@ of one neuron. The groups are disjoint and cover the array::
     groups.ids([0, 0, 1])   any groups: an integer for each coordinate, counting from 0
     groups.whole            the whole array is one group
 
-Where groups are asked for, an integer or a tuple of them stands for `axes`, and an integer array
-for `ids`. Groups are values: two that are written alike are equal, and they are part of a
+Where groups are asked for, an integer or a tuple of them stands for `axes`, and a list or array of
+integers for `ids`. Groups are values: two that are written alike are equal, and they are part of a
 penalty's structure, not of its numbers.
 """
 
@@ -96,9 +96,9 @@ def as_groups(name: str, value: Any) -> Groups:
         return axes(value)
     if isinstance(value, tuple) and all(map(_check.is_whole, value)):
         return axes(*value)
-    if isinstance(value, (np.ndarray, jax.Array)):
+    if isinstance(value, (list, np.ndarray, jax.Array)):
         return ids(value)
-    accepted = "groups from jaxreg.groups, axes, or an integer array"
+    accepted = "groups from jaxreg.groups, axes, or a list or array of integers (ids)"
     raise _check.ArgumentError(name, _check.describe(value), accepted)
 
 
@@ -303,7 +303,7 @@ def ids(given: Any) -> Groups:
     >>> ids([0, 1, 0]).of((3,)).sum(jnp.array([1.0, 2.0, 3.0])).tolist()
     [4.0, 2.0]
     """
-    if isinstance(given, jax.core.Tracer):
+    if not _check.is_concrete(given) and hasattr(given, "dtype"):
         accepted = "concrete integers: groups can't be traced"
         raise _check.ArgumentError("ids", _check.describe(given), accepted)
     array = np.array(given)

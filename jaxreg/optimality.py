@@ -45,8 +45,8 @@ def certificate(
         grads: the loss's gradients at params, without the penalty's; of the same structure.
         penalty: one penalty or several, as in `jaxreg.proximal`.
         where: the leaves to look at, a selector or path pattern; all by default.
-        step: the step of ``residual``, > 0: smaller than the concavity parameter of a penalty that
-            is not convex.
+        step: the step of ``residual``, > 0. For what is not convex, such as `NM`, take the step of
+            the training: a larger one may leave a point where training stays.
 
     Returns:
         A `Certificate`. Under a joint penalty the leaves of a group have their own shares.

@@ -270,7 +270,8 @@ def test_the_selector_of_the_part_is_that_of_the_joint_penalty():
     [
         (lambda: jaxreg.Joint(jaxreg.GroupLasso(0.1), {"kernel": 0}), "members: got .* a dict of"),
         (lambda: jaxreg.Joint(0.1, NEURON), "penalty: got 0.1; accepted: a jaxreg penalty"),
-        (lambda: jaxreg.Joint(jaxreg.L1(0.1), {"a": "x", "b": 0}), "members: got 'a': 'x'"),
+        (lambda: jaxreg.Joint(jaxreg.GroupLasso(0.1), {"a": "x", "b": 0}), "members: got 'a': 'x'"),
+        (lambda: jaxreg.Joint(jaxreg.L1(0.1), NEURON), "penalty: got L1.*groups=groups.units"),
         (
             lambda: jaxreg.Joint(jaxreg.GroupLasso(0.1), NEURON).prox({"kernel": jnp.ones((2, 2))}),
             "x: got .*accepted: a dict of arrays called kernel, bias",

@@ -1,6 +1,8 @@
 """Penalties: construction, selectors, and what peers get wrong."""
 
+import itertools
 import pickle
+import re
 
 import chex
 import jax
@@ -311,6 +313,46 @@ def test_the_prox_of_a_sum_is_that_of_both(a, b, x64):
         w = b.prox(z)
         chex.assert_trees_all_close(total.prox(x, step), w, atol=1e-9)
         np.testing.assert_allclose(total.value(w), a.value(w) + b.value(w), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (jaxreg.L1(0.1), jaxreg.GroupLasso(0.2), jaxreg.L2(0.3)),
+        (jaxreg.L1(0.1), jaxreg.TotalVariation(0.2), jaxreg.L2(0.3)),
+        (jaxreg.L1(0.1), jaxreg.Box(-1, 1), jaxreg.L2(0.3)),
+        (jaxreg.L1(0.1), jaxreg.GroupLasso(0.2), jaxreg.NonNegative()),
+        (jaxreg.L1(0.1), jaxreg.L1(0.2), jaxreg.Huber(0.1)),
+    ],
+)
+def test_the_order_of_a_sum_does_not_matter(parts):
+    totals = set()
+    for a, b, c in itertools.permutations(parts):
+        for make in (lambda a, b, c: (a + b) + c, lambda a, b, c: a + (b + c)):
+            try:
+                totals.add(re.sub(r"0\.30000\d+", "0.3", repr(make(a, b, c))))
+            except ValueError as error:
+                totals.add(type(error).__name__)
+    assert len(totals) == 1
+
+
+def test_bounds_that_are_nonnegativity_are_that():
+    total = jaxreg.GroupLasso(0.1) + jaxreg.Box(0.0, jnp.inf)
+    x = jnp.array([[-1.0, 2.0], [3.0, -1.0]])
+    chex.assert_trees_all_equal(
+        total.prox(x), (jaxreg.GroupLasso(0.1) + jaxreg.NonNegative()).prox(x)
+    )
+
+
+def test_the_radius_of_a_ball_has_a_derivative_in_any_metric(x64):
+    x = jnp.arange(12.0).reshape(4, 3) / 5 - 1
+    for make in (jaxreg.L2Ball, jaxreg.MaxNorm, jaxreg.L1Ball):
+
+        def total(radius, make=make):
+            return jnp.sum(jnp.sin(make(radius).prox(x, jnp.abs(x) + 0.1)))
+
+        expected = (total(0.5 + 1e-6) - total(0.5 - 1e-6)) / 2e-6
+        np.testing.assert_allclose(jax.grad(total)(0.5), expected, rtol=1e-6)
 
 
 def test_a_bounded_penalty_has_its_own_subdifferential_and_critical_multiplier(x64):

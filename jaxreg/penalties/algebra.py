@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check
+from jaxreg import where as _where
 from jaxreg.penalties.base import Derived, Penalty, number, part, penalty
 from jaxreg.penalties.constraints import Box, Interval, NonNegative
 from jaxreg.penalties.group import GroupLasso, L2Norm, SparseGroupLasso
@@ -42,15 +43,43 @@ def add(a: Penalty, b: Penalty) -> Penalty:
     if a.where != b.where:
         accepted = "penalties for the same leaves: call .on(...) on the sum"
         raise _check.ArgumentError("penalty", f"{a!r} + {b!r}", accepted)
-    for rule in (_same, _named, _general):
-        total = rule(a, b) or rule(b, a)
-        if total is not None:
-            return total.on(a.where)
-    raise _check.ArgumentError(
-        "penalty",
-        f"{a!r} + {b!r}, whose prox has no closed form",
-        "any penalty + L2; a separable convex penalty + an interval constraint; L1 + GroupLasso or "
-        "TotalVariation; sums of one kind; a smooth one may also be added to the loss",
+    parts = sorted([*_parts(a), *_parts(b)], key=_place)
+    total = parts[0]
+    for other in parts[1:]:
+        total = _same(total, other) or _named(total, other) or _general(total, other)
+        if total is None:
+            raise _check.ArgumentError(
+                "penalty",
+                f"{a!r} + {b!r}, whose prox has no closed form",
+                "any penalty + L2; a separable convex penalty or a total variation + bounds; group "
+                "norms + NonNegative; L1 + GroupLasso or TotalVariation; two of one kind that "
+                "differ in strength; a Joint of a sum; smooth ones may also go into the loss",
+            )
+    return total.on(a.where)
+
+
+def _parts(p: Penalty) -> list[Penalty]:
+    """The penalties that a sum was made of, so that their order does not matter."""
+    match p:
+        case Ridged():
+            return [*_parts(p.penalty), L2(p.l2)]
+        case Bounded():
+            return [*_parts(p.penalty), p.interval]
+        case ElasticNet():
+            return [L1(p.l1), L2(p.l2)]
+        case NonNegativeL1():
+            return [L1(p.strength), NonNegative()]
+        case SparseGroupLasso():
+            return [L1(p.l1), GroupLasso(p.group, groups=p.groups, weights=p.weights)]
+        case FusedLasso():
+            return [L1(p.l1), TotalVariation(p.variation, axis=p.axis)]
+    return [p.on(_where.kernels)]
+
+
+def _place(p: Penalty) -> int:
+    """L1 first, then what it goes into; bounds and the square last."""
+    return (
+        0 if isinstance(p, L1) else 2 if isinstance(p, Interval) else 3 if isinstance(p, L2) else 1
     )
 
 
@@ -92,30 +121,23 @@ def _named(a: Penalty, b: Penalty) -> Penalty | None:
             return Box(_extreme("max", lower, low), _extreme("min", upper, up))
         case L1(), NonNegative():
             return NonNegativeL1(a.strength)
-        case NonNegativeL1(), L1() | NonNegativeL1():
-            return NonNegativeL1(_total(a.strength, b.strength))
-        case NonNegativeL1(), NonNegative():
-            return a
         case L1(), L2() if one_strength:
             return ElasticNet(a.strength, b.strength)
-        case L1(), ElasticNet() if one_strength:
-            return ElasticNet(a.strength + b.l1, b.l2)
-        case L2(), ElasticNet():
-            return ElasticNet(b.l1, a.strength + b.l2)
+        case ElasticNet(), L2():
+            return dataclasses.replace(a, l2=a.l2 + b.strength)
         case L1(), GroupLasso() if one_strength:
             return SparseGroupLasso(a.strength, b.strength, groups=b.groups, weights=b.weights)
-        case L1(), SparseGroupLasso() if one_strength:
-            return dataclasses.replace(b, l1=a.strength + b.l1)
-        case GroupLasso(), SparseGroupLasso() if a.groups == b.groups and _equal(
-            a.weights, b.weights
-        ):
-            return dataclasses.replace(b, group=a.strength + b.group)
+        case SparseGroupLasso(), GroupLasso():
+            same = a.groups == b.groups and _equal(a.weights, b.weights)
+            return dataclasses.replace(a, group=a.group + b.strength) if same else None
         case L1(), TotalVariation() if one_strength:
             return FusedLasso(a.strength, b.strength, axis=b.axis)
-        case L1(), FusedLasso() if one_strength:
-            return dataclasses.replace(b, l1=a.strength + b.l1)
-        case TotalVariation(), FusedLasso() if a.axis == b.axis:
-            return dataclasses.replace(b, variation=a.strength + b.variation)
+        case FusedLasso(), TotalVariation() if a.axis == b.axis:
+            return dataclasses.replace(a, variation=a.variation + b.strength)
+        case Bounded(), Interval():
+            return dataclasses.replace(a, interval=_named(a.interval, b))
+        case Ridged(), L2():
+            return Ridged(a.penalty, a.l2 + b.strength)
     return None
 
 
@@ -128,7 +150,8 @@ def _general(a: Penalty, b: Penalty) -> Penalty | None:
         convex_coordinates = a.separable and a.convex
         variation = isinstance(a, (TotalVariation, FusedLasso))
         norms = isinstance(a, (GroupLasso, L2Norm, SparseGroupLasso))
-        if convex_coordinates or variation or (norms and isinstance(b, NonNegative)):
+        nonnegative = _equal(b.bounds()[0], 0.0) and _equal(b.bounds()[1], jnp.inf)
+        if convex_coordinates or variation or (norms and nonnegative):
             return Bounded(a, b)
     return None
 

@@ -2,8 +2,11 @@ r"""Constraints: penalties that are 0 on a set and infinite outside.
 
 Their prox is the projection on the set, in the metric of the step: $\arg\min_{w \in C} \sum_i (w_i
 - x_i)^2 / step_i$, so a scalar step makes no difference. Where the step is 0 they project too: a
-point outside is no minimizer at any step. The value allows for rounding, so that it is 0 at what
-the prox gives, and any positive multiple of a constraint is the constraint.
+point outside is no minimizer at any step. Any positive multiple of a constraint is the constraint.
+
+The value allows for rounding, so that it is 0 at what the prox gives. Through
+``optax.apply_updates`` zeros are exact, and the rest holds to the rounding of the move: a first
+step from far away may end outside by more than the value allows, and the next one mends it.
 """
 
 import abc

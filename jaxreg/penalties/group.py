@@ -9,7 +9,6 @@ adds up a number a group; there is no other collective.
 """
 
 import abc
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +32,19 @@ Array = jax.Array
 Number = float | Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@penalty
 class _OfGroups(Penalty):
     """A penalty of disjoint groups that have weights."""
 
-    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)  # noqa: RUF009
-    weights: Array | None = number(_check.weights, default=None, kw_only=True)  # noqa: RUF009
+    groups: Groups = static(_groups.as_groups, default=_groups.units, kw_only=True)
+    weights: Number | None = number(_check.weights, default=None, kw_only=True)
 
     def _weighted(self, strength: Number, x: Array) -> tuple[Grouping, Array]:
         """The groups of x, and the strength of each: the one given times its weight."""
         groups = self.groups.of(x.shape)
         if self.weights is None:
             return groups, strength * jnp.sqrt(jnp.asarray(groups.sizes, x.dtype))
-        weights = groups.figures("weights", self.weights)
+        weights = groups.figures("weights", jnp.asarray(self.weights))
         return groups, strength * jnp.broadcast_to(weights, groups.sizes.shape)
 
 

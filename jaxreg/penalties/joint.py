@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check, _tree
+from jaxreg import groups as _groups
 from jaxreg import where as _where
 from jaxreg.penalties.base import Derived, Penalty, number, part, penalty, static
 
@@ -62,6 +63,12 @@ class Joint(Derived):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        inner = self.penalty
+        while isinstance(inner, Derived) and not isinstance(inner, Joint):
+            inner = inner.penalty
+        if getattr(inner, "groups", None) != _groups.units:
+            accepted = "a penalty with groups=groups.units, such as GroupLasso(0.1)"
+            raise _check.ArgumentError("penalty", repr(self.penalty), accepted)
         if self.where == _where.kernels:  # a selector may be on the part as well
             object.__setattr__(self, "where", self.penalty.where)
 

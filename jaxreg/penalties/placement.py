@@ -54,7 +54,7 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
     for place in placed:
         for i in jax.tree.leaves(place.leaves):
             if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
-                given = f"{leaves[i].dtype} values on the leaf {paths[i]}"
+                given = f"{leaves[i].dtype} values on {_named(paths[i])}"
                 raise _check.ArgumentError("penalty", given, "real floating leaves")
         # A shape that does not fit is an error of the penalty's own.
         jax.eval_shape(place.penalty.value, place.of(leaves))
@@ -78,11 +78,15 @@ def _with(placed: list[Place], place: Place, paths: list[str]) -> list[Place]:
                 return [*placed[:k], total, *placed[k + 1 :]]
         raise _check.ArgumentError(
             "penalty",
-            f"{other.penalty!r} and {place.penalty!r}, both on the leaf {paths[min(shared)]}",
+            f"{other.penalty!r} and {place.penalty!r}, both on {_named(paths[min(shared)])}",
             "one penalty a leaf, or several whose sum has a closed-form prox: put them .on "
             "different leaves",
         )
     return [*placed, place]
+
+
+def _named(path: str) -> str:
+    return f"the leaf {path}" if path else "the array"
 
 
 def _families(penalty: Joint, chosen: list[int], paths: list[str]) -> list[dict[str, int]]:

@@ -18,7 +18,7 @@ _MAX_STEPS = 50  # far above what finite numbers need
 def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Grouping) -> Array:
     r"""The root $\mu$ of each group, 0 where the left side is below $r^2$ already at 0.
 
-    Differentiable in z, alpha and beta up to the third order: the last two steps carry the
+    Differentiable in z, alpha, beta and radius up to the third order: the last two steps carry the
     derivatives.
 
     Args:
@@ -30,7 +30,7 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
     """
     nonzero = z != 0
 
-    def newton(mu: Array, z: Array, alpha: Array, beta: Array) -> Array:
+    def newton(mu: Array, z: Array, alpha: Array, beta: Array, radius: Array) -> Array:
         divisor = jnp.where(nonzero, alpha + groups.spread(mu) * beta, 1)
         inverse = 1 / divisor
         squares = jnp.square(z * inverse)
@@ -41,14 +41,15 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
         rise = total * (jnp.sqrt(total) / radius - 1) / slope
         return jnp.where(usable, mu + rise, mu)
 
-    def from_below(z: Array, alpha: Array, beta: Array) -> Array:
+    def from_below(z: Array, alpha: Array, beta: Array, radius: Array) -> Array:
         """No term alone exceeds r^2, nor does the sum with all alpha and beta at their largest."""
         of_terms = groups.max(jnp.maximum((jnp.abs(z) / radius - alpha) / beta, 0))
         widest, steepest = (groups.max(c) if c.ndim else c for c in (alpha, beta))
         of_sum = (groups.norm(z) / radius - widest) / jnp.where(steepest > 0, steepest, 1)
         return jnp.maximum(of_terms, of_sum)
 
-    fixed = jax.lax.stop_gradient((z, alpha, beta))
+    given = z, alpha, beta, radius
+    fixed = jax.lax.stop_gradient(given)
 
     def rises(state: tuple[Array, Array, Array]) -> Array:
         count, before, mu = state
@@ -62,4 +63,4 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
     first = from_below(*fixed)
     state = (jnp.zeros((), jnp.int32), first, jnp.maximum(newton(first, *fixed), first))
     _, _, mu = jax.lax.while_loop(rises, step, state)
-    return newton(newton(mu, z, alpha, beta), z, alpha, beta)
+    return newton(newton(mu, *given), *given)

@@ -23,7 +23,7 @@ _MAX_STEPS = 1000  # far above what finite numbers need
 
 
 def waterline(
-    z: Array, t: Array, total: Array, groups: Grouping, start: Array, slope: float = 0.0
+    z: Array, t: Array, total: Array | float, groups: Grouping, start: Array, slope: float = 0.0
 ) -> Array:
     r"""The level $\nu$ of each group with $\sum_i \max(z_i - \nu t_i, 0) = total + slope \nu$.
 
@@ -38,7 +38,7 @@ def waterline(
         slope: 0 or 1.
     """
 
-    def newton(level: Array, z: Array, t: Array, total: Array) -> tuple[Array, Array]:
+    def newton(level: Array, z: Array, t: Array, total: Array | float) -> tuple[Array, Array]:
         """The next level, and by how much this one is too low: the water above it."""
         above = z - groups.spread(level) * t
         active = above > 0
