@@ -270,7 +270,7 @@ def _compiled(method: str, penalty: Penalty, given: Any, *arrays: jax.Array) -> 
     dtype = arrays[0].dtype
     dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(given)]
     eps = max(float(jnp.finfo(d).eps) for d in [*dtypes, dtype])
-    cast = jax.tree.map(lambda number: jnp.asarray(number).astype(dtype), penalty)
+    cast = jax.tree.map(lambda number: jnp.asarray(number, dtype), penalty)
     return _call(method, eps, cast, *arrays)
 
 
