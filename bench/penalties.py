@@ -285,7 +285,7 @@ def main() -> None:
     arguments = timing.parser("What do proximal operators cost?").parse_args()
     peers.keep_freed_memory()
     platform = jax.devices()[0].platform
-    largest, rounds = (10**4, 3) if arguments.quick else (10**7, 15)
+    largest, rounds = (10**4, 3) if arguments.quick else (10**7, 7)
     dtypes = ["float64", "float32"] if platform == "cpu" else ["float32"]
     tables = [table(dtype, OPERATORS, largest, rounds) for dtype in dtypes]
     timing.report(f"penalties-{platform}", "What proximal operators cost", tables, arguments)

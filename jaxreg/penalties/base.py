@@ -97,6 +97,13 @@ class Penalty(abc.ABC):
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: where x is no real floating array, or its shape does not fit the penalty.
+
+        >>> import jax.numpy as jnp, jaxreg
+        >>> float(jaxreg.L1(0.5).value(jnp.array([1.0, -3.0])))
+        2.0
         """
         return _compiled("_value", self, x, _tree.widen(self._gather("x", x)))
 
@@ -113,6 +120,14 @@ class Penalty(abc.ABC):
 
         Returns:
             An array of x's shape and dtype, computed in float32 at least and rounded once.
+
+        Raises:
+            ValueError: as `value` does, or where the step is negative, NaN, of another shape, or
+                elementwise without a form for it.
+
+        >>> import jax.numpy as jnp, jaxreg
+        >>> jaxreg.L1(1.0).prox(jnp.array([1.0, -3.0]), step=jnp.array([0.5, 2.0])).tolist()
+        [0.5, -1.0]
         """
         wide = _tree.widen(self._gather("x", x))
         result = self._scatter(_compiled("_prox", self, x, wide, self._step(step, wide)), x)
@@ -131,7 +146,14 @@ class Penalty(abc.ABC):
             step: as in `prox`, all > 0.
 
         Returns:
-            An array of x's shape.
+            An array of x's shape, float32 at least.
+
+        Raises:
+            ValueError: as `prox` does, or where grad has another shape or a step is 0.
+
+        >>> import jax.numpy as jnp, jaxreg
+        >>> jaxreg.L1(1.0).residual(jnp.array([0.0, 2.0]), jnp.array([0.5, -1.0])).tolist()
+        [0.0, 0.0]
         """
         wide, grad = self._pair(x, grad)
         if _check.is_host(step) and not (np.asarray(step) > 0).all():
@@ -154,7 +176,12 @@ class Penalty(abc.ABC):
             An array of x's shape.
 
         Raises:
-            ValueError: where R is neither separable nor a sum over disjoint groups.
+            ValueError: where R has no direct form, as `has_subdiff_distance` says: it is neither
+                separable nor a sum over disjoint groups; or grad has another shape.
+
+        >>> import jax.numpy as jnp, jaxreg
+        >>> jaxreg.L1(1.0).subdiff_distance(jnp.array([0.0, 2.0]), jnp.array([1.5, 1.0])).tolist()
+        [0.5, 2.0]
         """
         wide, grad = self._pair(x, grad)
         return self._scatter(_compiled("_subdiff_distance", self, x, wide, grad), x)
@@ -169,7 +196,12 @@ class Penalty(abc.ABC):
             A scalar; infinity where no multiple of R makes 0 a minimizer.
 
         Raises:
-            ValueError: where R is not convex.
+            ValueError: where R is not convex; for `MCP`, `SCAD` and their group versions that of
+                `L1` or `GroupLasso` is where a path may start.
+
+        >>> import jax.numpy as jnp, jaxreg
+        >>> float(jaxreg.L1(0.5).critical_multiplier(jnp.array([1.5, -2.0])))
+        4.0
         """
         grad = _tree.widen(self._gather("grad_at_zero", grad_at_zero))
         return _compiled("_critical_multiplier", self, grad_at_zero, grad)

@@ -30,8 +30,9 @@ class TopK(Constraint):
 
     Its prox keeps the k largest $|x_i|$, of equal ones the first, and zeros the rest. The k-th
     largest is found bit by bit, by counting: each pass over the array is one all-reduce of a number
-    under sharding. Source: T. Blumensath and M. Davies, *Iterative hard thresholding for compressed
-    sensing*, Applied and Computational Harmonic Analysis 27(3), 2009.
+    under sharding; only equal numbers at the border need more, an order over the devices. Source:
+    T. Blumensath and M. Davies, *Iterative hard thresholding for compressed sensing*, Applied and
+    Computational Harmonic Analysis 27(3), 2009.
 
     Args:
         k: a whole number >= 0; where it is larger than x, all of x is kept.

@@ -190,7 +190,7 @@ class SortedL1(Penalty):
 
     Its prox sorts the absolute values, subtracts $step \cdot s \lambda$, projects on the
     nonincreasing sequences (`isotonic`), clips at 0, and undoes the sort. A sharded array is
-    gathered for the sort (an all-gather); the result has its sharding.
+    gathered for the sort (an all-gather and two small collectives); the result has its sharding.
 
     The default weights are those of Benjamini and Hochberg, $\Phi^{-1}(1 - i q / (2 p))$ for p
     coordinates, divided by the first, so that s is the largest threshold: for an orthogonal design
