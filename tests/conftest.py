@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -7,6 +8,18 @@ import pytest
 
 # Before JAX is first used: some tests shard arrays.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Each compiled program maps memory, and a process has 65,530 maps on Linux: beyond them XLA
+    aborts."""
+    yield
+    if next(_tests_run) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
