@@ -106,7 +106,7 @@ def strengths(name: str, value: Any) -> Any:
     """A finite scalar >= 0, or an array of them."""
     if np.ndim(value) == 0:
         return nonnegative(name, value)
-    return _array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
+    return nonnegative_array(name, value)
 
 
 def finite_array(name: str, value: Any) -> Any:

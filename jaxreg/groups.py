@@ -46,7 +46,7 @@ class Grouping(abc.ABC):
 
     @abc.abstractmethod
     def scaled(self, x: jax.Array, figures: jax.Array) -> jax.Array:
-        """X times the figure of its group."""
+        """The array x, times the figure of its group."""
 
     def norm(self, x: jax.Array) -> jax.Array:
         """The Euclidean norm of each group, with gradient 0 at 0.

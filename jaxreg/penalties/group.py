@@ -18,14 +18,7 @@ from jaxreg import _check
 from jaxreg import groups as _groups
 from jaxreg.groups import Grouping, Groups
 from jaxreg.penalties.base import Penalty, number, penalty, static
-from jaxreg.penalties.nonconvex import (
-    mcp_prox,
-    mcp_slope,
-    mcp_value,
-    scad_prox,
-    scad_slope,
-    scad_value,
-)
+from jaxreg.penalties.nonconvex import Concave, mcp, scad
 from jaxreg.penalties.secular import secular_root
 from jaxreg.penalties.separable import ratio, soft_threshold
 
@@ -210,7 +203,34 @@ class SparseGroupLasso(_OfGroups):
 
 
 @penalty
-class GroupMCP(_OfGroups):
+class _ConcaveOfNorms(_OfGroups):
+    r"""$R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$ for a concave r."""
+
+    convex, sparse, scales = False, True, None
+
+    strength: Number
+
+    @abc.abstractmethod
+    def _radial(self) -> tuple[Concave, Number]:
+        """The function r and its shape parameter."""
+
+    def _value(self, x: Array) -> Array:
+        (r, shape), (groups, a) = self._radial(), self._weighted(self.strength, x)
+        return jnp.sum(r.value(groups.norm(x), a, shape))
+
+    def _prox(self, x: Array, step: Array) -> Array:
+        (r, shape), (groups, a) = self._radial(), self._weighted(self.strength, x)
+        norm = groups.norm(x)
+        factor = r.prox(norm, step, a, shape) / jnp.where(norm > 0, norm, 1)
+        return groups.scaled(x, jnp.where(norm > 0, factor, 0))
+
+    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
+        (r, shape), (groups, a) = self._radial(), self._weighted(self.strength, x)
+        return radial_distance(x, grad, groups, r.slope(groups.norm(x), a, shape))
+
+
+@penalty
+class GroupMCP(_ConcaveOfNorms):
     r"""The minimax concave penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
 
     r is that of `MCP`. Its prox scales each group so that its norm becomes the prox of MCP at it.
@@ -232,27 +252,14 @@ class GroupMCP(_OfGroups):
     [[3.0, 0.0], [4.0, 0.0]]
     """
 
-    convex, sparse, scales = False, True, None
-
-    strength: Number
     gamma: Number = number(_check.positive_finite, default=3.0)
 
-    def _value(self, x: Array) -> Array:
-        groups, a = self._weighted(self.strength, x)
-        return jnp.sum(mcp_value(groups.norm(x), a, self.gamma))
-
-    def _prox(self, x: Array, step: Array) -> Array:
-        groups, a = self._weighted(self.strength, x)
-        norm = groups.norm(x)
-        return _rescaled(x, norm, mcp_prox(norm, step, a, self.gamma), groups)
-
-    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
-        groups, a = self._weighted(self.strength, x)
-        return radial_distance(x, grad, groups, mcp_slope(groups.norm(x), a, self.gamma))
+    def _radial(self) -> tuple[Concave, Number]:
+        return mcp, self.gamma
 
 
 @penalty
-class GroupSCAD(_OfGroups):
+class GroupSCAD(_ConcaveOfNorms):
     r"""The SCAD penalty of the groups' norms, $R(x) = \sum_g r_{s w_g}(\|x_g\|_2)$.
 
     r is that of `SCAD`. Its prox scales each group so that its norm becomes the prox of SCAD at
@@ -274,23 +281,10 @@ class GroupSCAD(_OfGroups):
     [[3.0, 0.0], [4.0, 0.0]]
     """
 
-    convex, sparse, scales = False, True, None
-
-    strength: Number
     a: Number = number(_check.above_one, default=3.7)
 
-    def _value(self, x: Array) -> Array:
-        groups, strengths = self._weighted(self.strength, x)
-        return jnp.sum(scad_value(groups.norm(x), strengths, self.a))
-
-    def _prox(self, x: Array, step: Array) -> Array:
-        groups, strengths = self._weighted(self.strength, x)
-        norm = groups.norm(x)
-        return _rescaled(x, norm, scad_prox(norm, step, strengths, self.a), groups)
-
-    def _subdiff_distance(self, x: Array, grad: Array) -> Array:
-        groups, strengths = self._weighted(self.strength, x)
-        return radial_distance(x, grad, groups, scad_slope(groups.norm(x), strengths, self.a))
+    def _radial(self) -> tuple[Concave, Number]:
+        return scad, self.a
 
 
 def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> Array:
@@ -319,8 +313,3 @@ def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Ar
     at_zero = jnp.abs(grad) * groups.spread(ratio(jnp.maximum(size - slope, 0), size))
     elsewhere = jnp.abs(grad + groups.spread(slope) * outward)
     return jnp.where(groups.spread(norm) == 0, at_zero, elsewhere)
-
-
-def _rescaled(x: Array, norm: Array, new_norm: Array, groups: Grouping) -> Array:
-    """X with each group's norm made the new one."""
-    return groups.scaled(x, jnp.where(norm > 0, new_norm / jnp.where(norm > 0, norm, 1), 0))

@@ -4,12 +4,15 @@ Where a penalty is more concave than $w^2 / (2 \, step)$ is convex, the objectiv
 several local minima and the prox jumps. Each prox here is the global minimizer for every step.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from jaxreg import _check
 from jaxreg.penalties.base import number, penalty
-from jaxreg.penalties.separable import Separable, soft_threshold
+from jaxreg.penalties.separable import Separable, slope_distance, soft_threshold
 
 Number = float | jax.Array
 
@@ -162,13 +165,13 @@ class MCP(Separable):
     gamma: Number = number(_check.positive_finite, default=3.0)
 
     def _value(self, x: jax.Array) -> jax.Array:
-        return jnp.sum(mcp_value(jnp.abs(x), self.strength, self.gamma))
+        return jnp.sum(mcp.value(jnp.abs(x), self.strength, self.gamma))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return mcp_prox(x, step, self.strength, self.gamma)
+        return mcp.prox(x, step, self.strength, self.gamma)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
-        slope = mcp_slope(jnp.abs(x), self.strength, self.gamma)
+        slope = mcp.slope(jnp.abs(x), self.strength, self.gamma)
         return slope_distance(x, grad, slope)
 
 
@@ -202,13 +205,13 @@ class SCAD(Separable):
     a: Number = number(_check.above_one, default=3.7)
 
     def _value(self, x: jax.Array) -> jax.Array:
-        return jnp.sum(scad_value(jnp.abs(x), self.strength, self.a))
+        return jnp.sum(scad.value(jnp.abs(x), self.strength, self.a))
 
     def _prox(self, x: jax.Array, step: jax.Array) -> jax.Array:
-        return scad_prox(x, step, self.strength, self.a)
+        return scad.prox(x, step, self.strength, self.a)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
-        return slope_distance(x, grad, scad_slope(jnp.abs(x), self.strength, self.a))
+        return slope_distance(x, grad, scad.slope(jnp.abs(x), self.strength, self.a))
 
 
 @penalty
@@ -262,22 +265,25 @@ class LogSum(Separable):
         return slope_distance(x, grad, self.strength / (self.epsilon + jnp.abs(x)))
 
 
-# What the group versions of MCP and SCAD share with the ones above: functions of sizes u >= 0.
+class Concave(NamedTuple):
+    """A function r(u) of sizes u >= 0 with a strength and one parameter of its shape."""
+
+    value: Callable[[jax.Array, Number, Number], jax.Array]
+    slope: Callable[[jax.Array, Number, Number], jax.Array]
+    # Of x, step, strength and shape: the global minimizer w of r(|w|) + (w - x)^2 / (2 step).
+    prox: Callable[[jax.Array, jax.Array, Number, Number], jax.Array]
 
 
-def mcp_value(u: jax.Array, s: Number, gamma: Number) -> jax.Array:
-    """r(u) of MCP."""
+def _mcp_value(u: jax.Array, s: Number, gamma: Number) -> jax.Array:
     near = jnp.minimum(u, gamma * s)
     return near * (s - near / (2 * gamma))
 
 
-def mcp_slope(u: jax.Array, s: Number, gamma: Number) -> jax.Array:
-    """The derivative of r(u) of MCP."""
+def _mcp_slope(u: jax.Array, s: Number, gamma: Number) -> jax.Array:
     return jnp.maximum(s - u / gamma, 0)
 
 
-def mcp_prox(x: jax.Array, step: jax.Array, s: Number, gamma: Number) -> jax.Array:
-    """The global minimizer w of r(|w|) + (w - x)^2 / (2 step) for MCP."""
+def _mcp_prox(x: jax.Array, step: jax.Array, s: Number, gamma: Number) -> jax.Array:
     convex = step < gamma
     shrunk = soft_threshold(x, step * s) / jnp.where(convex, 1 - step / gamma, 1)
     firm = jnp.where(jnp.abs(x) <= gamma * s, shrunk, x)
@@ -285,19 +291,16 @@ def mcp_prox(x: jax.Array, step: jax.Array, s: Number, gamma: Number) -> jax.Arr
     return jnp.where(convex, firm, hard)
 
 
-def scad_value(u: jax.Array, s: Number, a: Number) -> jax.Array:
-    """r(u) of SCAD."""
+def _scad_value(u: jax.Array, s: Number, a: Number) -> jax.Array:
     middle = jnp.clip(u - s, 0, (a - 1) * s)
     return s * jnp.minimum(u, s) + middle * (s - middle / (2 * (a - 1)))
 
 
-def scad_slope(u: jax.Array, s: Number, a: Number) -> jax.Array:
-    """The derivative of r(u) of SCAD."""
+def _scad_slope(u: jax.Array, s: Number, a: Number) -> jax.Array:
     return jnp.clip((a * s - u) / (a - 1), 0, s)
 
 
-def scad_prox(x: jax.Array, step: jax.Array, s: Number, a: Number) -> jax.Array:
-    """The global minimizer w of r(|w|) + (w - x)^2 / (2 step) for SCAD."""
+def _scad_prox(x: jax.Array, step: jax.Array, s: Number, a: Number) -> jax.Array:
     size, soft = jnp.abs(x), soft_threshold(x, step * s)
     convex = step < a - 1
     # Written from the soft threshold, so that step 0 is the identity.
@@ -309,10 +312,8 @@ def scad_prox(x: jax.Array, step: jax.Array, s: Number, a: Number) -> jax.Array:
     return jnp.where(convex, smooth, jnp.where(size > jump, x, soft))
 
 
-def slope_distance(x: jax.Array, grad: jax.Array, slope: jax.Array) -> jax.Array:
-    """Distance of -grad to the subdifferential of r(|x|) with r' = slope: [-r'(0), r'(0)] at 0."""
-    at_zero = jnp.maximum(jnp.abs(grad) - slope, 0)
-    return jnp.where(x == 0, at_zero, jnp.abs(grad + slope * jnp.sign(x)))
+mcp = Concave(_mcp_value, _mcp_slope, _mcp_prox)
+scad = Concave(_scad_value, _scad_slope, _scad_prox)
 
 
 def _largest_root(q: jax.Array) -> jax.Array:

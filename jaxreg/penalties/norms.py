@@ -11,7 +11,12 @@ from jaxreg import groups as _groups
 from jaxreg.groups import Groups
 from jaxreg.penalties.base import Penalty, penalty, static
 from jaxreg.penalties.constraints import positive_step
-from jaxreg.penalties.separable import infinite_unless_zero, ratio, soft_threshold
+from jaxreg.penalties.separable import (
+    infinite_unless_zero,
+    ratio,
+    slope_distance,
+    soft_threshold,
+)
 from jaxreg.penalties.waterline import waterline
 
 Array = jax.Array
@@ -125,8 +130,7 @@ class ExclusiveLasso(Penalty):
     def _subdiff_distance(self, x: Array, grad: Array) -> Array:
         groups = self.groups.of(x.shape)
         pull = self.strength * groups.spread(groups.sum(jnp.abs(x)))
-        at_zero = jnp.maximum(jnp.abs(grad) - pull, 0)
-        return jnp.where(x == 0, at_zero, jnp.abs(grad + pull * jnp.sign(x)))
+        return slope_distance(x, grad, pull)
 
     def _critical_multiplier(self, grad: Array) -> Array:
         self.groups.of(grad.shape)

@@ -26,6 +26,12 @@ def soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
     return x - jnp.clip(x, -threshold, threshold)
 
 
+def slope_distance(x: jax.Array, grad: jax.Array, slope: Number) -> jax.Array:
+    """Distance of -grad to the subdifferential of r(|x|) with r' = slope: [-r'(0), r'(0)] at 0."""
+    at_zero = jnp.maximum(jnp.abs(grad) - slope, 0)
+    return jnp.where(x == 0, at_zero, jnp.abs(grad + slope * jnp.sign(x)))
+
+
 class Separable(Penalty):
     """A sum over coordinates: any elementwise step has a simple prox."""
 
@@ -66,9 +72,7 @@ class L1(Separable):
         return soft_threshold(x, step * _each(self.strength, x))
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
-        s = _each(self.strength, x)
-        at_zero = jnp.maximum(jnp.abs(grad) - s, 0)
-        return jnp.where(x == 0, at_zero, jnp.abs(grad + s * jnp.sign(x)))
+        return slope_distance(x, grad, _each(self.strength, x))
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         return jnp.max(ratio(jnp.abs(grad), _each(self.strength, grad)), initial=0)
@@ -184,9 +188,7 @@ class ElasticNet(Separable):
         return soft_threshold(x, step * self.l1) / (1 + step * self.l2)
 
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
-        smooth = grad + self.l2 * x
-        at_zero = jnp.maximum(jnp.abs(grad) - self.l1, 0)
-        return jnp.where(x == 0, at_zero, jnp.abs(smooth + self.l1 * jnp.sign(x)))
+        return slope_distance(x, grad + self.l2 * x, self.l1)
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         return ratio(largest(grad), self.l1)

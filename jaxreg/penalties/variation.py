@@ -18,7 +18,7 @@ rounds (124 were seen in float64).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,20 +165,14 @@ class FusedLasso(Penalty):
         return multiplier(interval)
 
 
-def _check_axis(x: jax.Array, axis: int) -> None:
-    if not -x.ndim <= axis < x.ndim:
-        accepted = f"an axis of an array of shape {x.shape}"
-        raise _check.ArgumentError("axis", str(axis), accepted)
-
-
 def _variation(x: jax.Array, axis: int) -> jax.Array:
-    _check_axis(x, axis)
+    _check.axis("axis", axis, x)
     return jnp.sum(jnp.abs(jnp.diff(x, axis=axis)))
 
 
 def _partial_sums(grad: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Sums over the starts of lines, moved to the last axis, and whether all lines sum to 0."""
-    _check_axis(grad, axis)
+    _check.axis("axis", axis, grad)
     lines = jnp.moveaxis(grad, axis, -1)
     total, size = jnp.sum(lines, -1), jnp.sum(jnp.abs(lines), -1)
     sums = jnp.cumsum(lines, -1)
@@ -189,7 +183,7 @@ def _partial_sums(grad: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _prox_along(x: jax.Array, axis: int, strength: Number, step: jax.Array) -> jax.Array:
-    _check_axis(x, axis)
+    _check.axis("axis", axis, x)
     if x.size == 0:
         return x
     unit = jax.lax.stop_gradient(jnp.max(step))
@@ -200,57 +194,60 @@ def _prox_along(x: jax.Array, axis: int, strength: Number, step: jax.Array) -> j
     length = lines.shape[-1]
     inside = jnp.arange(x.size) % length < length - 1
     pull = strength * (unit if step.ndim else step)
-    solution = _prox_lines(lines.ravel(), jnp.moveaxis(weight, axis, -1).ravel(), pull, inside)
+    weight = jnp.moveaxis(weight, axis, -1)
+    solution = _prox_lines(_Lines(lines.ravel(), weight.ravel(), pull, inside))
     solution = jnp.moveaxis(solution.reshape(lines.shape), -1, axis)
     # Elementwise in x, so that the result is sharded as x is.
     return jnp.where(jnp.isnan(x), x, solution)
 
 
+class _Lines(NamedTuple):
+    r"""Minimize $\sum_i weight_i (x_i - y_i)^2 / 2 + pull \sum_{i: inside_i} |x_{i+1} - x_i|$."""
+
+    y: jax.Array
+    """The lines end to end, of shape (n,)."""
+    weight: jax.Array
+    """Numbers > 0, of shape (n,)."""
+    pull: jax.Array
+    """A scalar >= 0."""
+    inside: jax.Array
+    """Whether the right neighbour is of the same line, of shape (n,)."""
+
+
 @jax.jit
-def _prox_lines(y: jax.Array, weight: jax.Array, pull: jax.Array, inside: jax.Array) -> jax.Array:
-    r"""Minimizes $\sum_i weight_i (x_i - y_i)^2 / 2 + pull \sum_{i: inside_i} |x_{i+1} - x_i|$.
+def _prox_lines(lines: _Lines) -> jax.Array:
+    """The minimizer, of shape (n,).
 
     The jump to the right of each place is the sign of $x_{i+1} - x_i$ where that is known, else 0.
     A segment extends over the jumps inside a line that are 0.
-
-    Args:
-        y: the lines end to end, of shape (n,).
-        weight: > 0, of shape (n,).
-        pull: a scalar >= 0.
-        inside: whether the right neighbour is of the same line, of shape (n,).
     """
-    fixed = jax.lax.stop_gradient((y, weight, pull))
+    fixed = jax.lax.stop_gradient(lines)
+    inside = fixed.inside
 
     def cut(state: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
         jump, near, idle = state
-        shift, left = _segments(*fixed, inside, jump, near)
-        above = _above(*fixed, inside, jump, near, shift, left)
+        shift, left = _segments(fixed, jump, near)
+        above = _above(fixed, jump, near, shift, left)
         found = jnp.where(inside & (jump == 0), _from_right(above) - above, 0)
         return jump + found, near + shift, jnp.where(jnp.any(found != 0), 0, idle + 1)
 
-    y_fixed, _, pull_fixed = fixed
     # Where nothing pulls, every difference is a jump.
-    jump = jnp.where((pull_fixed == 0) & inside, jnp.sign(_from_right(y_fixed) - y_fixed), 0)
+    free = inside & (fixed.pull == 0)
+    jump = jnp.where(free, jnp.sign(_from_right(fixed.y) - fixed.y), 0)
     # A constant that is far from `near` is rounded, and a heavy weight on it misjudged: only after
     # a second round, which starts near it, is a segment that was not cut known to be constant.
-    state = (jump, jnp.zeros_like(y), jnp.int32(0))
+    state = (jump, jnp.zeros_like(fixed.y), jnp.int32(0))
     jump, near, _ = jax.lax.while_loop(lambda state: state[2] < 2, cut, state)
     # The jumps are locally constant: the means alone carry the derivative.
-    return near + _segments(y, weight, pull, inside, jump, near)[0]
+    return near + _segments(lines, jump, near)[0]
 
 
-def _segments(
-    y: jax.Array,
-    weight: jax.Array,
-    pull: jax.Array,
-    inside: jax.Array,
-    jump: jax.Array,
-    near: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _segments(lines: _Lines, jump: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
     """At each place its segment's best constant minus `near`, and the jump at the left end.
 
     As a difference the constant keeps its precision, in long sums too.
     """
+    y, weight, pull, inside = lines
     joined = inside & (jump == 0)
     follows = _from_left(joined)
     rest, mass, right = _affine_scan(joined, weight * (y - near), weight, jump, reverse=True)
@@ -261,14 +258,7 @@ def _segments(
 
 
 def _above(
-    y: jax.Array,
-    weight: jax.Array,
-    pull: jax.Array,
-    inside: jax.Array,
-    jump: jax.Array,
-    near: jax.Array,
-    shift: jax.Array,
-    left: jax.Array,
+    lines: _Lines, jump: jax.Array, near: jax.Array, shift: jax.Array, left: jax.Array
 ) -> jax.Array:
     """1 where the solution is above the level near + shift, else 0.
 
@@ -277,6 +267,7 @@ def _above(
     It is counted from its value at the segment's left end, `pull * left`: small data would be
     rounded away beside the pull.
     """
+    y, weight, pull, inside = lines
     joined = inside & (jump == 0)
     slope = weight * (shift - (y - near))
     slope = jnp.where(jnp.isfinite(slope), slope, 0)  # a NaN stays in its line
