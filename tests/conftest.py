@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import jax
@@ -8,6 +9,19 @@ import pytest
 
 # Before JAX is first used: some tests shard arrays.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Most of a run's time is compiling: programs are kept for the next run, and the workers and
+    the programs that tests start share them (`pytest --cache-clear` drops them)."""
+    options = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 _tests_run = itertools.count(1)
