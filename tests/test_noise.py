@@ -77,12 +77,15 @@ def test_what_is_no_key_is_refused(key):
 
 
 def test_a_raw_key_is_a_key():
-    jaxreg.dropout(jax.random.PRNGKey(0), jnp.ones(3), 0.5)
+    x, raw = jnp.ones(100), jax.random.PRNGKey(0)
+    typed = jaxreg.dropout(jax.random.wrap_key_data(raw), x, 0.5)
+    chex.assert_trees_all_equal(jaxreg.dropout(raw, x, 0.5), typed)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
 def test_a_traced_rate_may_have_any_real_dtype(dtype):
-    jax.jit(jaxreg.dropout)(KEY, jnp.ones(3), jnp.zeros((), dtype))
+    x = jnp.arange(3.0)
+    chex.assert_trees_all_equal(jax.jit(jaxreg.dropout)(KEY, x, jnp.zeros((), dtype)), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.bool_])

@@ -33,6 +33,9 @@ def test_runs_in_quick_mode(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
         timeout=CELL_SECONDS,
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert any(cell.outputs for cell in code)
 
 
 @each_notebook

@@ -259,7 +259,9 @@ def test_a_whole_optimizer_in_a_wrapper_is_refused_at_init(optimizer, jit):
     ids=lambda tx: tx.update.__qualname__.split(".")[0],
 )
 def test_a_direction_is_no_whole_optimizer(direction):
-    jaxreg.regularize(direction, 0.1, clip=1.0).init(PARAMS)
+    links = (jaxreg.clip_by_global_norm(1.0), direction, optax.scale_by_learning_rate(0.1))
+    ours, _ = one_step(jaxreg.regularize(direction, 0.1, clip=1.0))
+    chex.assert_trees_all_close(ours, one_step(optax.chain(*links))[0], rtol=1e-6)
 
 
 def test_auto_refuses_l2_behind_a_gain_that_it_would_not_have():
@@ -277,9 +279,14 @@ def test_l2_before_the_clip_is_weaker_by_its_coefficient_and_the_penalty_is_not(
         tx = jaxreg.regularize(optax.identity(), 0.1, clip=0.5, **{name: part})
         w = jnp.array([[0.0]])
         state = tx.init(w)
-        for _ in range(300):
+
+        @jax.jit
+        def update(w, state, tx=tx):
             updates, state = tx.update(w - minimum, state, w)
-            w = optax.apply_updates(w, updates)
+            return optax.apply_updates(w, updates), state
+
+        for _ in range(300):
+            w, state = update(w, state)
         ends[name] = float(w[0, 0])
     assert ends["penalty"] == pytest.approx(minimum / (1 + strength), rel=1e-4)
     coefficient = 0.5 / (minimum - ends["l2"])
