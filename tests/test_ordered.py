@@ -17,8 +17,6 @@ from sklearn.isotonic import isotonic_regression
 from jaxreg.penalties.ordered import SortedL1, isotonic
 from jaxreg.penalties.separable import L1
 
-pytestmark = pytest.mark.core
-
 SIZES = (0, 1, 2, 3, 5, 31, 32, 33, 1000, 4097)
 SHAPES = {
     "random": lambda n: np.random.default_rng(n).normal(size=n),
