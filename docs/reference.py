@@ -20,13 +20,14 @@ def penalties() -> list[type[jaxreg.Penalty]]:
 
 def signature(cls: type[jaxreg.Penalty]) -> str:
     """How it is called, without the selector that all have."""
-    shown = []
+    by_position, by_name = [], []
     for field in dataclasses.fields(cls):
         if field.name != "where":
-            default = field.default
-            given = default is not dataclasses.MISSING
-            shown.append(f"{field.name}={default!r}" if given else field.name)
-    return f"{cls.__name__}({', '.join(shown)})"
+            given = field.default is not dataclasses.MISSING
+            shown = f"{field.name}={field.default!r}" if given else field.name
+            (by_name if field.kw_only else by_position).append(shown)
+    star = ["*"] if by_name else []
+    return f"{cls.__name__}({', '.join(by_position + star + by_name)})"
 
 
 def summary(cls: type[jaxreg.Penalty]) -> str:

@@ -493,3 +493,50 @@ def test_sums_check_their_parts():
         (jaxreg.TotalVariation(1.0) + jaxreg.NonNegative()).critical_multiplier(jnp.ones(3))
     with pytest.raises(ValueError, match="step: got 0.0; accepted: numbers > 0"):
         jaxreg.L1(0.1).residual(jnp.ones(2), jnp.ones(2), 0.0)
+
+
+def test_a_maximum_that_is_tied_up_to_rounding_is_stationary():
+    """Optimizers leave tied coordinates an ulp apart."""
+    w = jnp.array([np.nextafter(np.float32(0.3), np.float32(1)), 0.3])
+    distance = jaxreg.LInf(1.0).subdiff_distance(w, jnp.array([-0.5, -0.5]))
+    chex.assert_trees_all_close(distance, jnp.zeros(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("ball", [jaxreg.Simplex(1.0), jaxreg.L1Ball(1.0)], ids=repr)
+def test_a_metric_projection_from_far_away_is_in_the_set(ball):
+    """Where the point is much larger than the set, the level times the step is rounded."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, step = 1000 * rng.normal(size=6), rng.uniform(0.1, 3, 6)
+        assert ball.value(ball.prox(np.float32(x), np.float32(step))) == 0
+
+
+@pytest.mark.parametrize("step", [[-1.0, 1.0, 1.0], [float("nan"), 1.0, 1.0]])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_an_elementwise_step_that_is_not_positive_is_refused(step, array):
+    with pytest.raises(ValueError, match=f"step: got an array that holds {step[0]}"):
+        jaxreg.L1(0.1).prox(jnp.ones(3), array(step))
+
+
+def test_a_joint_penalty_and_a_square_add_up():
+    layer = {"kernel": jnp.array([[3.0, 0.1], [4.0, 0.1]]), "bias": jnp.array([0.0, 0.2])}
+    members = {"kernel": 0, "bias": ()}
+    both = jaxreg.Joint(jaxreg.GroupLasso(0.5), members) + jaxreg.L2(0.1)
+    inside = jaxreg.Joint(jaxreg.GroupLasso(0.5) + jaxreg.L2(0.1), members)
+    chex.assert_trees_all_equal(both.prox(layer, 0.3), inside.prox(layer, 0.3))
+
+
+def test_ids_are_no_overlapping_groups():
+    with pytest.raises(ValueError, match="groups: got no indices: .*each a sequence"):
+        jaxreg.OverlappingGroupLasso(0.1, np.array([0, 1, 1]))
+
+
+def test_a_penalty_is_shown_as_it_can_be_written():
+    for penalty in (
+        jaxreg.GroupLasso(0.1, groups=0, weights=2.0),
+        jaxreg.SortedL1(0.5, q=0.2),
+        jaxreg.NM(2, 4, axis=0),
+        jaxreg.Box(0, 1),
+    ):
+        again = eval(repr(penalty), vars(jaxreg))
+        assert repr(again) == repr(penalty)

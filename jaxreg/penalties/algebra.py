@@ -136,6 +136,8 @@ def _named(a: Penalty, b: Penalty) -> Penalty | None:
             return dataclasses.replace(a, variation=a.variation + b.strength)
         case Bounded(), Interval():
             return dataclasses.replace(a, interval=_named(a.interval, b))
+        case Joint(), L2():
+            return dataclasses.replace(a, penalty=a.penalty + b)
         case Ridged(), L2():
             return Ridged(a.penalty, a.l2 + b.strength)
     return None

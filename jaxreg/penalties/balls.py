@@ -59,7 +59,8 @@ class L1Ball(Constraint):
         level = waterline(size, step, self.radius, groups, jnp.zeros((), x.dtype))
         outside = groups.sum(size) > self.radius
         level = groups.spread(jnp.where(outside, level, 0))
-        return soft_threshold(x, jnp.broadcast_to(level * step, x.shape))
+        w = soft_threshold(x, jnp.broadcast_to(level * step, x.shape))
+        return groups.scaled(w, jnp.minimum(1, _correction(self.radius, groups.sum(jnp.abs(w)))))
 
 
 @penalty
@@ -97,7 +98,14 @@ class Simplex(Constraint):
         width = groups.sum(jnp.broadcast_to(step, x.shape))
         start = (groups.sum(x) - self.total) / jnp.where(width > 0, width, 1)
         level = groups.spread(waterline(x, step, self.total, groups, start))
-        return jnp.maximum(x - level * step, 0)
+        w = jnp.maximum(x - level * step, 0)
+        return groups.scaled(w, _correction(self.total, groups.sum(w)))
+
+
+def _correction(total: Number, sums: Array) -> Array:
+    """What a sum that should be the total is off by: where |x| is much larger, it was rounded."""
+    factor = jnp.where(sums > 0, total / jnp.where(sums > 0, sums, 1), 1)
+    return jax.lax.stop_gradient(factor)  # constantly 1, but for rounding
 
 
 class _NormBall(Constraint):

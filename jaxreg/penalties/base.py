@@ -231,14 +231,14 @@ class Penalty(abc.ABC):
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         raise _check.ArgumentError(
             "penalty",
-            f"{type(self).__name__}, whose subdifferential has no direct form",
+            f"{_check.describe(self)}, whose subdifferential has no direct form",
             "a penalty that is separable or of disjoint groups; residual(x, grad, step) is 0 at "
             "stationary points of any",
         )
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         raise _check.ArgumentError(
-            "penalty", f"{type(self).__name__}, which is not convex", "a convex penalty"
+            "penalty", f"{_check.describe(self)}, which is not convex", "a convex penalty"
         )
 
     def _gather(self, name: str, x: Any) -> jax.Array:
@@ -258,15 +258,18 @@ class Penalty(abc.ABC):
         return x, grad.astype(x.dtype)
 
     def _step(self, step: Any, x: jax.Array) -> jax.Array:
-        if _check.is_host(step) and not (np.asarray(step) >= 0).all():
-            raise _check.ArgumentError("step", _check.describe(step), "numbers >= 0")
+        for part in filter(_check.is_concrete, jax.tree.leaves(step)):
+            wrong = np.ravel(part)[~(np.ravel(part) >= 0)]
+            if wrong.size:
+                given = f"an array that holds {wrong[0]}" if np.ndim(part) else repr(part)
+                raise _check.ArgumentError("step", given, "numbers >= 0")
         array = jnp.asarray(step) if not isinstance(step, dict) else self._gather("step", step)
         complex_ = jnp.issubdtype(array.dtype, jnp.complexfloating)
         if array.shape != () and not self.elementwise_step:
             raise _check.ArgumentError(
                 "step",
                 _check.describe(array),
-                f"a scalar: {type(self).__name__} has no closed form in a diagonal metric, such "
+                f"a scalar: {_check.describe(self)} has no closed form in a diagonal metric, such "
                 "as Adam's; use a direction with one gain for the whole leaf, such as momentum's",
             )
         if array.shape not in ((), x.shape) or complex_:
@@ -276,14 +279,14 @@ class Penalty(abc.ABC):
 
     def _formula(self) -> str:
         """How it is made, but for its leaves."""
-        shown = []
+        by_position, by_name = [], []
         for field in dataclasses.fields(self):
             text = repr(getattr(self, field.name))
-            if field.default is dataclasses.MISSING:
-                shown.append(text)
+            if field.default is dataclasses.MISSING and not field.kw_only:
+                by_position.append(text)
             elif field.name != "where" and text != repr(field.default):
-                shown.append(f"{field.name}={text}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+                by_name.append(f"{field.name}={text}")
+        return f"{type(self).__name__}({', '.join(by_position + by_name)})"
 
     def __repr__(self) -> str:
         if self.where == _where.kernels:

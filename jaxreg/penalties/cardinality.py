@@ -91,7 +91,7 @@ class NM(Constraint):
             raise _check.ArgumentError("n", repr(self.n), f"a whole number <= m = {self.m}")
 
     def _blocks(self, x: Array) -> tuple[Array, int]:
-        """X with the axis split into blocks of m, and where their own axis is."""
+        """The array with the axis split into blocks of m, and where their own axis is."""
         axis = _check.axis("axis", self.axis, x)
         if x.shape[axis] % self.m:
             accepted = f"a divisor of {x.shape[axis]}, the length of axis {self.axis}"

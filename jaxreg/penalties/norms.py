@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxreg import groups as _groups
 from jaxreg.groups import Groups
 from jaxreg.penalties.base import Penalty, penalty, static
-from jaxreg.penalties.constraints import positive_step
+from jaxreg.penalties.constraints import positive_step, rounding
 from jaxreg.penalties.separable import (
     infinite_unless_zero,
     ratio,
@@ -73,7 +73,7 @@ class LInf(Penalty):
         peak = groups.spread(groups.max(size))
         # At 0 the subgradients are the L1 ball of radius s; elsewhere the mixtures, weighing s in
         # all, of the signs at the largest coordinates. A projection on either is a waterline.
-        zero, top = peak == 0, size == peak
+        zero, top = peak == 0, size >= peak * (1 - rounding(x))
         outward = jnp.where(zero, jnp.abs(grad), -grad * jnp.sign(x))
         count = groups.sum(top.astype(x.dtype))
         total = groups.sum(jnp.where(top, outward, 0))

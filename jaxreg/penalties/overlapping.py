@@ -104,7 +104,7 @@ def _as_cover(name: str, value: Any) -> _Cover:
     groups = []
     for group in value:
         try:
-            indices = np.atleast_1d([] if isinstance(group, Tracer) else np.asarray(group))
+            indices = np.asarray([] if isinstance(group, Tracer) else group)
         except ValueError:  # sequences of unequal lengths
             indices = np.zeros(1, object)
         fault = ""
