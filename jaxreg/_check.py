@@ -74,7 +74,8 @@ def scalar(name: str, value: Any, accepted: str, holds: Callable[[float], bool])
     precision when 64-bit floats are enabled.
     """
     if is_schedule(value):
-        accepted += "; a schedule goes into optax.inject_hyperparams"
+        accepted += "; a schedule goes into optax.inject_hyperparams, or for a penalty into "
+        accepted += "lambda count: L1(schedule(count))"
         raise ArgumentError(name, "a function", accepted)
     array = np.asarray(value) if is_host(value) else value
     if not is_real(array) or array.shape != ():

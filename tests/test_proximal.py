@@ -146,52 +146,7 @@ def test_16_bit_weights_are_rounded_once(dtype):
     )
 
 
-# The metric --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("direction", "gradient", "gain"),
-    [
-        (optax.identity(), 2.0, 1.0),
-        (optax.trace(0.9), 2.0, 10.0),
-        (optax.trace(0.75, nesterov=True), 2.0, 4.0),
-        (optax.trace(0.99999), 2.0, 1e5),
-        (optax.trace(0.9, accumulator_dtype=jnp.bfloat16), 2.0, 10.0),
-        (optax.scale_by_adam(nesterov=True), 2.0, 0.5),
-        (optax.scale_by_adam(b1=0.0, nesterov=True), 2.0, 0.5),
-        (optax.scale_by_adam(mu_dtype=jnp.bfloat16), 2.0, 0.5),
-        (optax.scale_by_adam(), 2.0, 0.5),
-        (optax.scale_by_adam(b1=0.0, b2=0.5, eps=1.0), 3.0, 0.25),
-        (optax.scale_by_adam(eps=0.0, eps_root=9.0), 4.0, 0.2),
-        (optax.chain(optax.chain(optax.trace(0.5)), optax.identity()), 1.0, 2.0),
-        (optax.chain(jaxreg.l2_decay(0.1), optax.trace(0.5)), 1.0, 2.0),
-        (optax.with_extra_args_support(optax.trace(0.5)), 1.0, 2.0),
-    ],
-)
-def test_auto_reads_the_gain_of_optax_directions(direction, gradient, gain):
-    g = jnp.full(3, gradient)
-    _, state = direction.update(g, direction.init(g), jnp.zeros(3))
-    found = jnp.broadcast_to(metric.auto(direction)(state, g), 3)
-    chex.assert_trees_all_close(found, jnp.full(3, gain), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "direction",
-    [
-        optax.scale_by_lion(),
-        optax.scale_by_rms(),
-        optax.scale_by_adamax(),
-        optax.scale_by_amsgrad(),
-        optax.scale_by_trust_ratio(),
-        optax.masked(optax.scale_by_adam(), True),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
-        optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, s)),
-    ],
-    ids=lambda tx: tx.update.__qualname__.split(".")[0],
-)
-def test_auto_refuses_what_it_does_not_know_and_names_the_remedy(direction):
-    with pytest.raises(ValueError, match=r"^metric: got 'auto' for .*metric=, its gain"):
-        jaxreg.proximal(direction, 0.1, jaxreg.L1(0.1))
+# Directions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,92 +246,6 @@ def test_l2_before_the_clip_is_weaker_by_its_coefficient_and_the_penalty_is_not(
     assert ends["penalty"] == pytest.approx(minimum / (1 + strength), rel=1e-4)
     coefficient = 0.5 / (minimum - ends["l2"])
     assert ends["l2"] == pytest.approx(minimum / (1 + strength / coefficient), rel=1e-4)
-
-
-def test_auto_refuses_two_directions_in_a_row():
-    with pytest.raises(ValueError, match="2 links that each change the gain"):
-        jaxreg.proximal(optax.chain(optax.trace(0.5), optax.scale_by_adam()), 0.1, jaxreg.L1(0.1))
-
-
-def test_auto_refuses_traced_hyperparameters_but_takes_concrete_ones_under_jit():
-    def step(b2, w):
-        return one_step(jaxreg.proximal(optax.scale_by_adam(b2=b2), 0.1, jaxreg.L1(0.1)), w, w)[0]
-
-    with pytest.raises(ValueError, match="traced settings"):
-        jax.jit(step)(0.9, jnp.ones(2))
-    chex.assert_trees_all_close(
-        jax.jit(lambda w: step(0.9, w))(jnp.ones(2)), step(0.9, jnp.ones(2)), rtol=1e-6
-    )
-
-
-def test_auto_notices_a_link_that_does_not_do_what_its_name_says(monkeypatch):
-    def lying_trace(decay):
-        honest = optax.trace(decay)
-
-        def trace(decay, nesterov, accumulator_dtype):
-            def update_fn(updates, state, params=None):
-                _ = decay, nesterov, accumulator_dtype
-                updates, state = honest.update(updates, state, params)
-                return jax.tree.map(lambda u: 3 * u, updates), state
-
-            return update_fn
-
-        update = trace(decay, False, None)
-        update.__module__, update.__qualname__ = "optax.lies", "trace.<locals>.update_fn"
-        return optax.GradientTransformation(honest.init, update)
-
-    with pytest.raises(ValueError, match="not the gain expected"):
-        metric.auto(lying_trace(0.9))
-
-
-def test_an_explicit_metric_serves_any_direction():
-    tx = jaxreg.proximal(optax.scale_by_lion(), 0.1, jaxreg.L1(1.0), metric=lambda s, p: 2.0)
-    stepped, _ = one_step(tx, jnp.array([0.15]), jnp.array([0.0]))
-    assert stepped.tolist() == [0.0]
-
-
-def test_a_clip_of_some_leaves_has_no_single_coefficient():
-    clip = optax.masked(jaxreg.clip_by_global_norm(1.0), {"dense": {"kernel": True, "bias": False}})
-    tx = jaxreg.proximal(clip, 0.1, jaxreg.L1(0.1), metric=metric.sgd())
-    with pytest.raises(ValueError, match="direction: got a clip of some leaves only"):
-        one_step(tx)
-    one_step(jaxreg.regularize(clip, 0.1))  # without a penalty there is nothing to scale
-
-
-@pytest.mark.parametrize(
-    "mask", [{"a": True, "b": {"kernel": False, "bias": False}}, {"a": True, "b": False}]
-)
-def test_a_penalty_on_a_leaf_that_the_direction_is_masked_from_has_no_gain(mask):
-    params = {"a": jnp.ones((2, 2)), "b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
-    direction = optax.masked(optax.scale_by_adam(), mask)
-    tx = jaxreg.proximal(direction, 0.1, jaxreg.L1(0.5), metric=metric.adam())
-    with pytest.raises(ValueError, match="metric: got no gain for the leaf b/kernel"):
-        tx.init(params)
-    tx = jaxreg.proximal(direction, 0.1, jaxreg.L1(0.5).on("a"), metric=metric.adam())
-    alone = jaxreg.prox_adam(0.1, jaxreg.L1(0.5))
-    grads = jax.tree.map(lambda p: 0.3 * p, params)
-    stepped, _ = one_step(tx, params, grads)
-    chex.assert_trees_all_close(stepped["a"], one_step(alone, params["a"], grads["a"])[0])
-    chex.assert_trees_all_close(stepped["b"], jax.tree.map(lambda p: 0.97 * p, params["b"]))
-
-
-def test_the_adam_metric_needs_exactly_one_adam_state():
-    tx = jaxreg.proximal(optax.trace(0.9), 0.1, jaxreg.L1(0.1), metric=metric.adam())
-    with pytest.raises(ValueError, match="direction with 0 states of optax.scale_by_adam"):
-        one_step(tx)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: metric.momentum(1.0), "decay: got 1.0"),
-        (lambda: metric.adam(b2=-0.1), "b2: got -0.1"),
-        (lambda: metric.adam(eps=float("nan")), "eps: got nan"),
-    ],
-)
-def test_metrics_refuse_bad_hyperparameters(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 # Bad arguments -----------------------------------------------------------------------------------

@@ -74,26 +74,6 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def coefficient(state: Any) -> jax.Array | float:
-    """The product of every clip's coefficient in an optimizer's state; 1 where there is none.
-
-    Raises:
-        ValueError: where a clip acts on some of the leaves only, under ``optax.masked`` or
-            ``optax.multi_transform``: one number can't say what it did.
-    """
-    partial = (optax.MaskedState, optax.MultiTransformState)
-    if any(_tree.nodes(part, ClipState) for part in _tree.nodes(state, partial)):
-        raise _check.ArgumentError(
-            "direction",
-            "a clip of some leaves only, under optax.masked or multi_transform",
-            "a clip of all leaves: the proximal step needs its coefficient for each leaf",
-        )
-    product: jax.Array | float = 1.0
-    for clip in _tree.nodes(state, ClipState):
-        product = product * clip.coefficient
-    return product
-
-
 def _times(x: jax.Array, scalar: jax.Array) -> jax.Array:
     """X * scalar in x's dtype, rounded once."""
     dtype = _tree.wide_dtype(x.dtype)

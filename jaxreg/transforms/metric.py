@@ -13,17 +13,16 @@ networks*, NeurIPS 2021.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.core import Tracer
 
 from jaxreg import _check, _tree
 
 Metric = Callable[[Any, Any], Any]
+Number = float | jax.Array
 
 
 def sgd() -> Metric:
@@ -32,14 +31,14 @@ def sgd() -> Metric:
     Returns:
         A metric whose gain is a scalar.
 
-    >>> sgd()(optax.EmptyState(), None)
+    >>> sgd()(None, None)
     1.0
     """
     return lambda state, params: 1.0
 
 
-def momentum(decay: float | jax.Array) -> Metric:
-    """The metric of heavy-ball and Nesterov momentum (``optax.trace``): 1 / (1 - decay).
+def momentum(decay: Number) -> Metric:
+    """The metric of heavy-ball momentum (``optax.trace``): 1 / (1 - decay).
 
     Args:
         decay: the momentum, in [0, 1), or a traced scalar.
@@ -57,9 +56,54 @@ def momentum(decay: float | jax.Array) -> Metric:
     return lambda state, params: 1.0 / (1.0 - decay)
 
 
-def adam(
-    b2: float | jax.Array = 0.999, eps: float | jax.Array = 1e-8, eps_root: float | jax.Array = 0.0
-) -> Metric:
+def nesterov(decay: Number) -> Metric:
+    """The metric of ``optax.trace(decay, nesterov=True)``: 1 / (1 - decay), as of `momentum`.
+
+    Args:
+        decay: the momentum, in [0, 1), or a traced scalar.
+
+    Returns:
+        A metric whose gain is a scalar.
+
+    Raises:
+        ValueError: where decay is outside [0, 1).
+
+    >>> nesterov(0.5)(None, None)
+    2.0
+    """
+    return momentum(decay)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A metric that is 1 over a scale of the gradients of each coordinate, found in a state.
+
+    Where the scale is 0, no gradient has been seen, and the gain is 1.
+    """
+
+    link: str
+    state: str
+    """The name of the class of the link's state: optax exports only some of them."""
+    scale_of: Callable[[Any], Any]
+
+    def scale(self, direction_state: Any) -> Any:
+        """A tree of scales like params, without the leaves that the direction is masked from."""
+        is_one = lambda node: type(node).__name__ == self.state  # noqa: E731
+        found = list(filter(is_one, jax.tree.leaves(direction_state, is_leaf=is_one)))
+        if len(found) != 1:
+            raise _check.ArgumentError(
+                "metric",
+                f"the metric of {self.link} for a direction with {len(found)} such states",
+                f"a direction with exactly one {self.link}, or another metric",
+            )
+        return self.scale_of(found[0])
+
+    def __call__(self, direction_state: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda d: Gain(1.0, d).values(), self.scale(direction_state))
+
+
+def adam(b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0) -> Metric:
     r"""The metric of ``optax.scale_by_adam``: $1 / (\sqrt{\hat v + eps\_root} + eps)$.
 
     $\hat v$ is the bias-corrected second moment. Where it is 0, no gradient has been seen, and
@@ -78,6 +122,7 @@ def adam(
         ValueError: where a number is out of its range; when the metric is called, where the
             direction has no such state, or several.
 
+    >>> import jax.numpy as jnp, optax
     >>> direction = optax.scale_by_adam()
     >>> g = jnp.array([2.0, 0.0])
     >>> _, state = direction.update(g, direction.init(g))
@@ -87,209 +132,243 @@ def adam(
     b2 = _check.fraction("b2", b2)
     eps, eps_root = _check.nonnegative("eps", eps), _check.nonnegative("eps_root", eps_root)
 
-    def metric(state: Any, params: Any) -> Any:
-        del params
-        found = _tree.nodes(state, optax.ScaleByAdamState)
-        if len(found) != 1:
-            raise _check.ArgumentError(
-                "metric",
-                f"jaxreg.metric.adam for a direction with {len(found)} states of "
-                "optax.scale_by_adam",
-                "a direction with exactly one, or another metric",
-            )
-        [moments] = found
-        count = jnp.asarray(moments.count)
+    def scale(state: Any) -> Any:
+        moments = _unbiased(state.nu, b2, state.count)
+        return jax.tree.map(lambda v: _root(v, eps, eps_root), moments)
 
-        def gain(v: jax.Array) -> jax.Array:
-            v = _tree.widen(v)
-            b, e, root = (jnp.asarray(number).astype(v.dtype) for number in (b2, eps, eps_root))
-            v_hat = v / (1 - b ** count.astype(v.dtype))
-            seen = v > 0
-            denominator = jnp.sqrt(jnp.where(seen, v_hat, 1) + root) + e
-            return jnp.where(seen, 1 / denominator, 1)
-
-        return jax.tree.map(gain, moments.nu)
-
-    return metric
+    return Adaptive("optax.scale_by_adam", "ScaleByAdamState", scale)
 
 
-def auto(direction: optax.GradientTransformation) -> Metric:
-    """The metric of a direction whose links are all recognised.
-
-    Recognised are ``optax.identity``, ``trace`` and ``scale_by_adam``, jaxreg's
-    ``clip_by_global_norm`` and ``l2_decay`` before them, and chains of these. Their
-    hyperparameters are read from the functions themselves, since an optimizer's state does not
-    hold them; each reading is then checked against what the link does to a toy gradient.
+def amsgrad(eps: Number = 1e-8, eps_root: Number = 0.0) -> Metric:
+    r"""The metric of ``optax.scale_by_amsgrad``: $1 / (\sqrt{\hat v_{max} + eps\_root} + eps)$.
 
     Args:
-        direction: the transformation, without learning rate and sign.
+        eps: added to the root, >= 0, or a traced scalar.
+        eps_root: added under the root, >= 0, or a traced scalar.
 
     Returns:
-        A metric.
+        A metric as that of `adam`; it needs a direction with one ``optax.scale_by_amsgrad``.
 
     Raises:
-        ValueError: where a link is not recognised, its hyperparameters are traced, or the check
-            fails. The remedy is to pass ``metric=``.
+        ValueError: as `adam` does.
 
-    >>> auto(optax.chain(optax.trace(0.5)))(None, None)
-    2.0
+    >>> import jax.numpy as jnp, optax
+    >>> direction = optax.scale_by_amsgrad()
+    >>> g = jnp.array([2.0, 0.0])
+    >>> _, state = direction.update(g, direction.init(g))
+    >>> [round(float(x), 5) for x in amsgrad()(state, g)]
+    [0.5, 1.0]
     """
-    metrics: list[Metric] = []
-    for link in _links(direction):
-        if metrics and _describe(link.update)[0] == "jaxreg.l2_decay":
-            raise _refusal("l2_decay behind a link with a gain, which L2 would not have")
-        if (metric := _read(link)) is not None:
-            metrics.append(metric)
-    if len(metrics) > 1:
-        raise _refusal(f"{len(metrics)} links that each change the gain")
-    return metrics[0] if metrics else sgd()
+    eps, eps_root = _check.nonnegative("eps", eps), _check.nonnegative("eps_root", eps_root)
+
+    def scale(state: Any) -> Any:
+        return jax.tree.map(lambda v: _root(v, eps, eps_root), state.nu_max)
+
+    return Adaptive("optax.scale_by_amsgrad", "ScaleByAmsgradState", scale)
 
 
-def refuse_learning_rate(direction: optax.GradientTransformation) -> None:
-    """Raises where a direction holds a learning rate: its sign would be flipped a second time."""
-    for link in _links(direction):
-        name, closed = _describe(link.update)
-        factor = closed.get("step_size")
-        grows = _check.is_concrete(factor) and np.all(np.asarray(factor) > 0)
-        whole = name in ("optax.scale_by_schedule", "jaxreg.proximal")
-        if whole or (name == "optax.scale" and not grows):
-            raise _whole_optimizer(f"contains {name}, its learning rate and sign")
+def adamax(eps: Number = 1e-8) -> Metric:
+    """The metric of ``optax.scale_by_adamax``: 1 over the decayed largest gradient.
 
+    Args:
+        eps: what that link adds to the size of each gradient, >= 0, or a traced scalar.
 
-def refuse_descent(direction: optax.GradientTransformation, params: Any) -> None:
-    """Raises where an unknown link of a direction goes down the gradient, as it does on a toy."""
-    for link in _links(direction):
-        if _describe(link.update)[0] not in {*_GAIN_ONE, *_READERS} and _descends(link, params):
-            raise _whole_optimizer("goes down the gradient")
+    Returns:
+        A metric as that of `adam`; it needs a direction with one ``optax.scale_by_adamax``.
 
+    Raises:
+        ValueError: as `adam` does.
 
-def _descends(link: optax.GradientTransformation, params: Any) -> bool:
-    """Whether a leaf's updates for gradients g and -g differ by less than 0.
-
-    So that noise and decay cancel. The toy has the structure of params and the ranks of its
-    leaves, for masks and labels to find what they look for, and one entry a leaf. Two steps, as a
-    learning rate may start at 0. A link that can't be run on it (its settings are traced, it
-    needs further arguments) passes.
+    >>> import jax.numpy as jnp, optax
+    >>> direction = optax.scale_by_adamax()
+    >>> g = jnp.array([2.0, 0.0])
+    >>> _, state = direction.update(g, direction.init(g))
+    >>> [round(float(x), 5) for x in adamax()(state, g)]
+    [0.5, 1.0]
     """
+    eps = _check.nonnegative("eps", eps)
 
-    def toy(value: float) -> Any:
-        shaped = lambda p: jnp.full((1,) * p.ndim, value, _tree.wide_dtype(p.dtype))  # noqa: E731
-        return jax.tree.map(shaped, params)
+    def scale(state: Any) -> Any:
+        return jax.tree.map(
+            lambda u: jnp.where(u > jnp.asarray(eps).astype(u.dtype), _tree.widen(u), 0), state.nu
+        )
 
-    def outputs(gradient: Any) -> list[np.ndarray]:
-        state, seen = link.init(toy(1)), []
-        for _ in range(2):
-            update, state = link.update(gradient, state, toy(1))
-            seen += map(np.real, jax.device_get(jax.tree.leaves(update)))
-        return seen
-
-    try:
-        with jax.ensure_compile_time_eval():
-            pairs = zip(outputs(toy(1)), outputs(toy(-1)), strict=True)
-            return any((up < down).any() for up, down in pairs)
-    except Exception:  # whatever a function of the user's own may raise
-        return False
+    return Adaptive("optax.scale_by_adamax", "ScaleByAdamState", scale)
 
 
-def _whole_optimizer(why: str) -> _check.ArgumentError:
-    return _check.ArgumentError(
-        "direction",
-        f"a whole optimizer: one that {why}",
-        "a direction without learning rate and sign, such as optax.scale_by_adam() in place of "
-        "optax.adam(lr) or jaxreg.prox_adam(lr, penalty), or optax.identity() in place of "
-        "optax.sgd(lr)",
-    )
+def rmsprop(
+    decay: Number = 0.9,
+    eps: Number = 1e-8,
+    *,
+    centered: bool = False,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> Metric:
+    r"""The metric of ``optax.scale_by_rms``: $1 / \sqrt{v + eps}$.
+
+    Args:
+        decay: decay of the second moment, in [0, 1), or a traced scalar.
+        eps: >= 0, or a traced scalar.
+        centered: whether the squared mean gradient is taken off v, as ``optax.scale_by_stddev``
+            does.
+        eps_in_sqrt: whether eps is added under the root, or to it.
+        bias_correction: whether the moments are corrected for their start at 0.
+
+    Returns:
+        A metric as that of `adam`; it needs a direction with one such link.
+
+    Raises:
+        ValueError: as `adam` does.
+
+    >>> import jax.numpy as jnp, optax
+    >>> direction = optax.scale_by_rms(decay=0.75)
+    >>> g = jnp.array([4.0, 0.0])
+    >>> _, state = direction.update(g, direction.init(g))
+    >>> rmsprop(decay=0.75)(state, g).tolist()
+    [0.5, 1.0]
+    """
+    decay, eps = _check.fraction("decay", decay), _check.nonnegative("eps", eps)
+    outside, inside = (0.0, eps) if eps_in_sqrt else (eps, 0.0)
+
+    def scale(state: Any) -> Any:
+        def unbiased(moments: Any) -> Any:
+            return _unbiased(moments, decay, state.count) if bias_correction else moments
+
+        power = unbiased(state.nu)
+        if not centered:
+            return jax.tree.map(lambda v: _root(v, outside, inside), power)
+
+        def spread(v: jax.Array, m: jax.Array) -> jax.Array:
+            # Where a gradient is constant its spread is 0, though it has been seen.
+            scale = jnp.sqrt(_tree.widen(v) - jnp.square(_tree.widen(m)) + inside) + outside
+            return jnp.where(v > 0, scale, 0)
+
+        return jax.tree.map(spread, power, unbiased(state.mu))
+
+    link, kind = ("stddev", "RStdDev") if centered else ("rms", "Rms")
+    state = f"ScaleBy{kind}{'WithCount' if bias_correction else ''}State"
+    return Adaptive(f"optax.scale_by_{link}", state, scale)
 
 
-def _links(direction: optax.GradientTransformation) -> list[optax.GradientTransformation]:
-    """The links of a chain, whatever chains and wrappers they stand in."""
-    name, closed = _describe(direction.update)
-    if name == "optax.chain":
-        inits = _describe(direction.init)[1]["init_fns"]
-        pairs = zip(inits, closed["update_fns"], strict=True)
-        return [link for pair in pairs for link in _links(optax.GradientTransformation(*pair))]
-    if name == "optax.with_extra_args_support":
-        return _links(closed["tx"])
-    return [direction]
+def adagrad(eps: Number = 1e-7) -> Metric:
+    r"""The metric of ``optax.scale_by_rss``: $1 / \sqrt{\sum g^2 + eps}$.
+
+    Args:
+        eps: added under the root, >= 0, or a traced scalar.
+
+    Returns:
+        A metric as that of `adam`; it needs a direction with one ``optax.scale_by_rss``. The sum
+        begins with that link's ``initial_accumulator_value``.
+
+    Raises:
+        ValueError: as `adam` does.
+
+    >>> import jax.numpy as jnp, optax
+    >>> direction = optax.scale_by_rss(initial_accumulator_value=0.0)
+    >>> g = jnp.array([2.0, 0.0])
+    >>> _, state = direction.update(g, direction.init(g))
+    >>> [round(float(x), 5) for x in adagrad()(state, g)]
+    [0.5, 1.0]
+    """
+    eps = _check.nonnegative("eps", eps)
+
+    def scale(state: Any) -> Any:
+        return jax.tree.map(lambda v: _root(v, 0.0, eps), state.sum_of_squares)
+
+    return Adaptive("optax.scale_by_rss", "ScaleByRssState", scale)
 
 
-def _describe(function: Any) -> tuple[str, dict[str, Any]]:
-    """The factory that a nested function came from, and the variables it closes over."""
-    package = (getattr(function, "__module__", None) or "").partition(".")[0]
-    factory = getattr(function, "__qualname__", repr(function)).split(".<locals>")[0]
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    cells = getattr(function, "__closure__", None) or ()
-    return f"{package}.{factory}", {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
+@dataclass(frozen=True)
+class Block:
+    """One scalar a leaf, in direction and prox alike (see `block`)."""
+
+    inner: Literal["auto"] | Metric
 
 
-def _read(link: optax.GradientTransformation) -> Metric | None:
-    """The metric of one link, or None for one whose gain is 1."""
-    name, closed = _describe(link.update)
-    if name in _GAIN_ONE:
-        return None
-    if name not in _READERS:
-        raise _refusal(f"a direction that contains {name}")
-    make, settings, approach = _READERS[name]
-    if missing := [s for s in settings if s not in closed]:
-        raise _refusal(f"{name} without the settings {missing} that its metric needs")
-    if any(isinstance(value, Tracer) for value in closed.values()):
-        raise _refusal(f"{name} with traced settings")
-    metric = make(closed)
-    _check_on_toy(name, link, metric, [approach(closed, steps) for steps in (1, 2, 3)])
-    return metric
+def block(metric: Literal["auto"] | Metric = "auto") -> Block:
+    r"""One gain a leaf, for penalties that have no prox for an elementwise step.
+
+    The direction's own scale of each coordinate, such as Adam's $d = \sqrt{\hat v} + eps$, is
+    replaced by its root mean square over the leaf, in the direction and in the prox alike. What
+    is left is Adam with one second moment a leaf, which a `jaxreg.Nuclear` or a
+    `jaxreg.SortedL1` can follow.
+
+    Args:
+        metric: "auto", or the metric of the direction.
+
+    Returns:
+        What `jaxreg.proximal` takes for a ``metric``; ``"block"`` stands for ``block("auto")``.
+
+    Raises:
+        ValueError: where metric is neither "auto" nor a function.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.proximal(
+    ...     optax.scale_by_adam(), 0.1, jaxreg.Nuclear(0.5), metric=jaxreg.metric.block()
+    ... )
+    >>> w = jnp.eye(2)
+    >>> updates, _ = tx.update(w, tx.init(w), w)
+    >>> [round(float(x), 3) for x in jnp.diag(w + updates)]
+    [0.788, 0.788]
+    """
+    if metric != "auto" and not callable(metric):
+        given = _check.describe(metric)
+        raise _check.ArgumentError("metric", given, "'auto' or a function (state, params) -> gain")
+    return Block(metric)
 
 
-def _approach_of_trace(closed: dict[str, Any], steps: int) -> float:
-    """The share of its settled gain that momentum has after that many constant gradients."""
-    return 1 - float(closed["decay"]) ** (steps + bool(closed["nesterov"]))
+class Gain(NamedTuple):
+    """The gain of one leaf: `factor`, over `scale` where that is not 0."""
+
+    factor: Any
+    """A scalar, or an array of the leaf's shape; None where there is no gain."""
+    scale: jax.Array | None = None
+    """None for 1; 0 where no gradient has been seen."""
+
+    def __mul__(self, other: "Gain") -> "Gain":  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.factor is None or other.factor is None:
+            return Gain(None)
+        scales = [gain.scale for gain in (self, other) if gain.scale is not None]
+        both = scales[0] * scales[1] if len(scales) == 2 else scales[0] if scales else None
+        return Gain(self.factor * other.factor, both)
+
+    def is_elementwise(self) -> bool:
+        """Whether there is one number for each coordinate."""
+        return self.scale is not None or jnp.ndim(self.factor) > 0
+
+    def values(self) -> Any:
+        """One number, or one for each coordinate."""
+        if self.scale is None:
+            return self.factor
+        return jnp.where(self.scale > 0, self.factor / jnp.where(self.scale > 0, self.scale, 1), 1)
+
+    def blocked(self, update: jax.Array) -> tuple["Gain", jax.Array]:
+        """One number for the leaf, and the update that a direction with that gain would give."""
+        if self.factor is None or not self.is_elementwise():
+            return self, update
+        scale = 1 / self.factor if self.scale is None else self.scale
+        largest = jnp.max(scale, initial=0)
+        share = scale / jnp.where(largest > 0, largest, 1)
+        mean = largest * jnp.sqrt(jnp.mean(jnp.square(share)))
+        mean = jnp.where(mean > 0, mean, 1)
+        factor = 1 if self.scale is None else self.factor
+        return Gain(factor / mean), update * (scale / mean).astype(update.dtype)
 
 
-def _approach_of_adam(closed: dict[str, Any], steps: int) -> float:
-    """1, as the moments are bias-corrected; Nesterov's mixes two that are corrected unlike."""
-    b1 = float(closed["b1"])
-    if not closed["nesterov"]:
-        return 1.0
-    return b1 * (1 - b1**steps) / (1 - b1 ** (steps + 1)) + (1 - b1) / (1 - b1**steps)
+def _unbiased(moments: Any, decay: Number, count: Any) -> Any:
+    """Moments of zero-started averages, corrected as optax does."""
+
+    def corrected(v: jax.Array) -> jax.Array:
+        v = _tree.widen(v)
+        b = jnp.asarray(decay).astype(v.dtype)
+        return v / (1 - b ** jnp.asarray(count).astype(v.dtype))
+
+    return jax.tree.map(corrected, moments)
 
 
-# A clip's coefficient is part of the gain too; `proximal` reads it from the clip's state.
-_GAIN_ONE = ("optax.identity", "jaxreg.clip_by_global_norm", "jaxreg.l2_decay")
-
-# For each link with a gain: its metric, the settings that are read, and how the gain is approached.
-_READERS: dict[str, tuple[Callable[..., Metric], tuple[str, ...], Callable[..., float]]] = {
-    "optax.trace": (
-        lambda closed: momentum(float(closed["decay"])),
-        ("decay", "nesterov"),
-        _approach_of_trace,
-    ),
-    "optax.scale_by_adam": (
-        lambda closed: adam(*(float(closed[setting]) for setting in ("b2", "eps", "eps_root"))),
-        ("b1", "b2", "eps", "eps_root", "nesterov"),
-        _approach_of_adam,
-    ),
-}
-
-
-def _check_on_toy(
-    name: str, direction: optax.GradientTransformation, metric: Metric, approach: list[float]
-) -> None:
-    """Compares the first updates on a constant gradient with shares of the gain `metric` claims."""
-    with jax.ensure_compile_time_eval():
-        gradient = jnp.array([1.0, -3.0, 1e-2, -1e-5, 1e-8], jnp.float32)
-        state = direction.init(gradient)
-        for share in approach:
-            update, state = direction.update(gradient, state, gradient)
-            claimed = share * np.asarray(metric(state, gradient) * gradient, np.float64)
-            # Loose enough for accumulators in bfloat16.
-            if not np.allclose(np.asarray(update, np.float64), claimed, rtol=2e-2):
-                raise _refusal(f"{name}, whose update is not the gain expected times the gradient")
-
-
-def _refusal(given: str) -> _check.ArgumentError:
-    return _check.ArgumentError(
-        "metric",
-        f"'auto' for {given}",
-        "optax.identity, trace or scale_by_adam, jaxreg's clip and l2_decay, and chains of these; "
-        "for another direction metric=, its gain on a constant gradient as a function "
-        "(direction_state, params) -> gain",
-    )
+def _root(v: jax.Array, outside: Number, inside: Number) -> jax.Array:
+    """sqrt(v + inside) + outside; 0 where v is, whose derivative is finite."""
+    v = _tree.widen(v)
+    outside, inside = (jnp.asarray(number).astype(v.dtype) for number in (outside, inside))
+    seen = v > 0
+    return jnp.where(seen, jnp.sqrt(jnp.where(seen, v, 1) + inside) + outside, 0)

@@ -6,7 +6,6 @@ left out, the same penalty would solve another problem: under Adam, whose output
 whatever the gradient's, thresholding by lr * strength makes the penalty vanish.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,10 +14,11 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.penalties.base import Penalty
-from jaxreg.penalties.placement import Place, as_penalties, places
-from jaxreg.transforms import clipping
+from jaxreg.penalties.placement import Place
 from jaxreg.transforms import metric as _metric
+from jaxreg.transforms import reading as _reading
+from jaxreg.transforms.links import refuse_descent, refuse_learning_rate
+from jaxreg.transforms.parts import Parts, as_parts, init_parts, prox_step
 
 Number = float | jax.Array
 
@@ -30,19 +30,22 @@ class ProximalState(NamedTuple):
         count: steps taken, an int32 scalar.
         direction: the direction's own state.
         decay: the decay's own state; ``optax.EmptyState()`` where there is none.
+        penalties: one state for each penalty: a `jaxreg.transforms.SparsityState` for a
+            `jaxreg.sparsity_target`, else ``()``.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     direction: Any
     decay: Any
+    penalties: tuple[Any, ...]
 
 
 def proximal(
     direction: optax.GradientTransformation,
     learning_rate: Number | optax.Schedule,
-    penalty: Penalty | Sequence[Penalty],
+    penalty: Parts,
     *,
-    metric: Literal["auto"] | _metric.Metric = "auto",
+    metric: Literal["auto", "block"] | _metric.Metric | _metric.Block = "auto",
     decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A direction, a learning rate and penalties: exact zeros, and the right minimizer.
@@ -60,9 +63,14 @@ def proximal(
             these with `jaxreg.clip_by_global_norm` and `jaxreg.l2_decay` before them.
         learning_rate: a number >= 0, a traced scalar, or a schedule.
         penalty: one penalty or a sequence of them, each for the leaves it was put ``.on``
-            (kernels by default); several on one leaf are added (``a + b``).
-        metric: "auto", which recognises the directions named above and refuses all others; or a
-            function ``(direction_state, params) -> gain`` such as ``jaxreg.metric.adam(b2=0.99)``.
+            (kernels by default); several on one leaf are added (``a + b``). A function of the step
+            count that gives one is a schedule: ``lambda count: L1(schedule(count))``. A
+            `jaxreg.sparsity_target` chooses its strength itself.
+        metric: "auto", which reads optax's momentum, Adam, AMSGrad, AdaMax, RMSProp and Adagrad,
+            clips and trust ratios in chains, masks and partitions, and refuses all others; or a
+            function ``(direction_state, params) -> gain`` such as ``jaxreg.metric.adam(b2=0.99)``;
+            or "block" (`jaxreg.metric.block`), one gain a leaf, for penalties without an
+            elementwise step.
         decay: a transformation between the learning rate and the penalty, such as
             `jaxreg.weight_decay`, whose rate is this learning rate unless it has its own.
 
@@ -87,27 +95,31 @@ def proximal(
     [1.5, 0.0]
     """
     learning_rate = _check.number_or_schedule("learning_rate", learning_rate)
-    _metric.refuse_learning_rate(_check.transformation("direction", direction))
-    penalties = as_penalties(penalty)
-    if metric == "auto":
-        # Without a penalty no gain is needed, and any direction will do.
-        metric = _metric.auto(direction) if penalties else _metric.sgd()
-    elif not callable(metric):
-        raise _check.ArgumentError(
-            "metric", _check.describe(metric), "'auto' or a function (state, params) -> gain"
-        )
-    direction = optax.with_extra_args_support(direction)
+    refuse_learning_rate(_check.transformation("direction", direction))
+    parts = as_parts(penalty)
+    if metric == "block":
+        metric = _metric.block()
+    if metric != "auto" and not callable(metric) and not isinstance(metric, _metric.Block):
+        accepted = "'auto', 'block', or a function (state, params) -> gain"
+        raise _check.ArgumentError("metric", _check.describe(metric), accepted)
+    block = isinstance(metric, _metric.Block)
+    inner = metric.inner if isinstance(metric, _metric.Block) else metric
+    # Without a penalty no gain is needed, and any direction will do.
+    needed = parts or block
+    direction, gains = _reading.read(direction, inner if needed else _metric.sgd())
     after = optax.identity() if decay is None else _check.transformation("decay", decay)
     after = optax.with_extra_args_support(after)
 
     def init(params: optax.Params) -> ProximalState:
         _tree.check_floating("params", params)
-        _metric.refuse_descent(direction, params)
+        refuse_descent(direction, params, _reading.KNOWN)
         direction_state = direction.init(params)
-        gain = jax.eval_shape(metric, direction_state, params) if penalties else None
-        for place in places(penalties, params):
-            _refuse_gain(place, _per_leaf(gain, params), params)
-        return ProximalState(jnp.zeros((), jnp.int32), direction_state, after.init(params))
+        layout = _layout(gains, direction_state, params, block) if needed else []
+        states, places = init_parts(parts, params)
+        for place in places:
+            _refuse_gain(place, layout, params)
+        zero = jnp.zeros((), jnp.int32)
+        return ProximalState(zero, direction_state, after.init(params), states)
 
     def update(
         updates: optax.Updates,
@@ -120,84 +132,77 @@ def proximal(
         if _check.is_schedule(learning_rate):
             rate = learning_rate(state.count)
         updates, direction_state = direction.update(updates, state.direction, params, **extra_args)
+        found = gains(direction_state, params) if needed else []
+        if block:
+            moves, treedef = jax.tree.flatten(updates)
+            pairs = [gain.blocked(u) for gain, u in zip(found, moves, strict=True)]
+            found = [gain for gain, _ in pairs]
+            updates = jax.tree.unflatten(treedef, [u for _, u in pairs])
         updates = jax.tree.map(lambda u, p: _scaled(u, rate, p), updates, params)
         updates, decay_state = after.update(
             updates, state.decay, params, **{**extra_args, "learning_rate": rate}
         )
-        if penalties:
-            gain = metric(direction_state, params)
-            step = jnp.asarray(rate) * clipping.coefficient(direction_state)
-            updates = _prox_updates(penalties, updates, params, gain, step)
-        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        leaves, treedef = jax.tree.flatten(params)
+        moves = treedef.flatten_up_to(updates)
+        targets = [_tree.widen(p) + u for p, u in zip(leaves, moves, strict=True)]
+
+        def step(i: int) -> jax.Array:
+            dtype = targets[i].dtype
+            return jnp.asarray(rate).astype(dtype) * jnp.asarray(found[i].values()).astype(dtype)
+
+        moved, states = prox_step(parts, state.penalties, state.count, params, targets, step)
+        for i, w in moved.items():
+            # Of numbers in p's dtype: where w and p are within a factor of 2 the difference is
+            # exact, so that apply_updates gives w; and a zero is -p exactly. (A float32 update for
+            # a bf16 weight would change the dtype of accumulators that are carried by lax.scan.)
+            moves[i] = w - leaves[i]
+        moves = [u.astype(p.dtype) for u, p in zip(moves, leaves, strict=True)]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, ProximalState(count, direction_state, decay_state)
+        return treedef.unflatten(moves), ProximalState(count, direction_state, decay_state, states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _per_leaf(gain: Any, params: Any) -> list[Any]:
-    """The gain of each leaf: one serves all below it, and a MaskedNode stands for none."""
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    gains, treedef = jax.tree.flatten(gain, is_leaf=is_masked)
-    subtrees = treedef.flatten_up_to(params)
-    return [g for g, tree in zip(gains, subtrees, strict=True) for _ in jax.tree.leaves(tree)]
+def _layout(gains: _reading.Gains, state: Any, params: Any, block: bool) -> list[Any]:
+    """What each leaf has: None for no gain, "elementwise", or the number of its scalar.
+
+    A scalar that several leaves share is one object, such as a clip's coefficient.
+    """
+    layout: list[Any] = []
+
+    def look(state: Any, params: Any) -> None:
+        found = gains(state, params)
+        for i, gain in enumerate(found):
+            if gain.factor is None:
+                layout.append(None)
+            elif gain.is_elementwise():
+                layout.append(i if block else "elementwise")
+            else:
+                layout.append(min(k for k, other in enumerate(found) if other is gain))
+
+    jax.eval_shape(look, state, params)
+    return layout
 
 
-def _refuse_gain(place: Place, gains: list[Any], params: Any) -> None:
+def _refuse_gain(place: Place, layout: list[Any], params: Any) -> None:
     """Raises where a leaf has no gain, or an elementwise one that its penalty can't work with."""
     leaves = jax.tree.leaves(place.leaves)
     for i in leaves:
-        if isinstance(gains[i], optax.MaskedNode):
+        if layout[i] is None:
             raise _check.ArgumentError(
                 "metric",
                 f"no gain for the leaf {_where.paths(params)[i]}",
                 "a gain for each leaf with a penalty: put the penalty .on the leaves that the "
                 "direction is for, or give a metric that has a gain for the others",
             )
-    one_for_all = all(gains[i] is gains[leaves[0]] for i in leaves)
-    elementwise = any(jnp.shape(gains[i]) for i in leaves)
-    if (elementwise or not one_for_all) and not place.penalty.elementwise_step:
+    own = {layout[i] for i in leaves}
+    if (len(own) > 1 or "elementwise" in own) and not place.penalty.elementwise_step:
         raise _check.ArgumentError(
             "penalty",
             f"{place.penalty!r}, which has no closed form in a diagonal metric",
-            "such a penalty with a direction of one gain a leaf, such as prox_sgd; with Adam, "
-            "penalties whose elementwise_step is True",
+            "such a penalty with one gain for all its numbers, as prox_sgd has, or with "
+            "metric='block'; with Adam's own metric, penalties whose elementwise_step is True",
         )
-
-
-def _prox_updates(
-    penalties: tuple[Penalty, ...], updates: Any, params: Any, gain: Any, step: jax.Array
-) -> Any:
-    """prox(p + u) - p on each leaf with a penalty; u on the others."""
-    leaves, treedef = jax.tree.flatten(params)
-    moves, gains = treedef.flatten_up_to(updates), _per_leaf(gain, params)
-    targets = [_tree.widen(p) + u for p, u in zip(leaves, moves, strict=True)]
-
-    def metric_step(i: int) -> jax.Array:
-        dtype = targets[i].dtype
-        return step.astype(dtype) * jnp.asarray(gains[i]).astype(dtype)
-
-    for place in places(penalties, params):
-        moved = place.penalty.prox(place.of(targets), _step_of(place, metric_step, targets))
-        for i, w in zip(jax.tree.leaves(place.leaves), jax.tree.leaves(moved), strict=True):
-            # Rounded to p's dtype before p is taken off. Where target and p are within a factor
-            # of 2 the difference is exact, so that apply_updates gives the target rounded once;
-            # and a zero is -p exactly. (A float32 update for a bf16 weight would change the dtype
-            # of accumulators that are carried by lax.scan.)
-            moves[i] = w.astype(leaves[i].dtype) - leaves[i]
-    return jax.tree.unflatten(treedef, moves)
-
-
-def _step_of(
-    place: Place, metric_step: Callable[[int], jax.Array], targets: list[jax.Array]
-) -> Any:
-    """The step of one leaf, or of several joint ones; one scalar where all have the same."""
-    if isinstance(place.leaves, int):
-        return metric_step(place.leaves)
-    steps = {name: metric_step(i) for name, i in place.leaves.items()}
-    if place.penalty.elementwise_step:
-        return {n: jnp.broadcast_to(steps[n], targets[i].shape) for n, i in place.leaves.items()}
-    return next(iter(steps.values()))
 
 
 def _scaled(u: jax.Array, rate: Number, p: jax.Array) -> jax.Array:

@@ -1,0 +1,143 @@
+r"""A penalty whose strength is steered to a share of zeros.
+
+The strength is the penalty's own times a multiplier c, which rises, more and more slowly, until
+the share of zeros in the weights reaches its target: a strength that rises at once would take
+whole layers. From then on each step takes the c that leaves the target share, which is found by
+trying the proximal operator itself: no model of how zeros come and go is needed, and nothing
+oscillates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg import _check
+from jaxreg.penalties.base import Penalty
+
+Number = float | jax.Array
+
+_TOLERANCE = 1e-3  # of the share of zeros
+_FURTHEST = 3.0  # that log c moves in one step, where the step is too short for the target
+_MOST_TRIALS = 30
+_LEAST_MISSING = 0.05  # so that the target is not approached for ever
+
+
+class SparsityState(NamedTuple):
+    """What a `sparsity_target` keeps in the optimizer's state.
+
+    Attributes:
+        multiplier: c, by which the penalty was multiplied in the last step, a float32 scalar.
+        sparsity: the share of zeros after it.
+        reached: whether the target was reached in some step.
+    """
+
+    multiplier: jax.Array
+    sparsity: jax.Array
+    reached: jax.Array
+
+
+@dataclass(frozen=True)
+class SparsityTarget:
+    """A penalty and the share of zeros that it is for; see `sparsity_target`."""
+
+    penalty: Penalty
+    target: Number | optax.Schedule
+    rate: Number
+
+    def init(self) -> SparsityState:
+        """The state before the first step."""
+        one = jnp.ones((), jnp.float32)
+        return SparsityState(one, 0 * one, jnp.zeros((), bool))
+
+    def step(
+        self, count: jax.Array, state: SparsityState, share: Callable[[jax.Array], jax.Array]
+    ) -> SparsityState:
+        """The multiplier of this step, where ``share(c)`` is the share of zeros that c leaves."""
+        target = self.target(count) if _check.is_schedule(self.target) else self.target
+        target, rate, state = jax.lax.stop_gradient((target, self.rate, state))
+        target = jnp.asarray(target).astype(jnp.float32)
+        start = jnp.log(state.multiplier)
+        missing = jnp.maximum(target - state.sparsity, _LEAST_MISSING)
+        higher = start + jnp.asarray(rate).astype(jnp.float32) * missing
+        first = share(jnp.exp(higher))
+        rising = ~state.reached & (first < target)
+
+        def off(trial: _Trial) -> jax.Array:
+            return (jnp.abs(trial.share - target) > _TOLERANCE) & (trial.tries < _MOST_TRIALS)
+
+        def next_trial(trial: _Trial) -> _Trial:
+            low = jnp.where(trial.share < target, trial.log_c, trial.low)
+            high = jnp.where(trial.share < target, trial.high, trial.log_c)
+            # Outward in steps that double until the target is between two trials, then bisection.
+            between = jnp.isfinite(low) & jnp.isfinite(high)
+            outward = jnp.where(jnp.isfinite(low), low + trial.width, high - trial.width)
+            log_c = jnp.where(between, (low + high) / 2, outward)
+            log_c = jnp.clip(log_c, start - _FURTHEST, start + _FURTHEST)
+            return _Trial(trial.tries + 1, low, high, 2 * trial.width, log_c, share(jnp.exp(log_c)))
+
+        infinite = jnp.full((), jnp.inf, jnp.float32)
+        width = jnp.full((), 0.02, jnp.float32)
+        given = _Trial(jnp.int32(0), -infinite, infinite, width, higher, first)
+        held = jax.lax.while_loop(lambda trial: off(trial) & ~rising, next_trial, given)
+        return SparsityState(jnp.exp(held.log_c), held.share, state.reached | ~rising)
+
+
+class _Trial(NamedTuple):
+    tries: jax.Array
+    low: jax.Array  # log c with too few zeros; -inf before one was tried
+    high: jax.Array  # log c with too many; inf likewise
+    width: jax.Array
+    log_c: jax.Array
+    share: jax.Array
+
+
+def sparsity_target(
+    penalty: Penalty, target: Number | optax.Schedule, *, rate: Number = 0.05
+) -> SparsityTarget:
+    r"""A penalty whose strength reaches and holds a share of zeros.
+
+    The penalty is multiplied by c. It starts at 1, and log c rises by rate * (target - share) in
+    each step until the share of zeros, in all the leaves that the penalty is for, reaches the
+    target. Then each step takes the c that leaves the target share, to within 0.1 percentage
+    points, or as near as whole groups allow. So the penalty's own strength only says where to
+    begin: choose it small. One more proximal step is computed for each trial: one while c rises,
+    then a few.
+
+    The share is that of a penalized solution, whose kept weights are shrunk too: for very high
+    targets a penalty that shrinks large weights less (`jaxreg.MCP`) loses less accuracy.
+
+    Args:
+        penalty: one whose prox gives exact zeros (its ``sparse`` is True) and that has a strength.
+        target: the share of zeros, in [0, 1), a traced scalar, or a schedule.
+        rate: how fast log c rises before the target is reached, > 0. At 0.05 it takes some 50 to
+            100 steps for a factor of 10 far from the target. Too high a rate overshoots the
+            strength of the solution and may cost whole layers.
+
+    Returns:
+        What `jaxreg.proximal` and the optimizers made of it take for a penalty. Their state holds
+        its `SparsityState`.
+
+    Raises:
+        ValueError: where the penalty has no strength or gives no zeros, the target is outside
+            [0, 1), or the rate is not positive.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.prox_sgd(0.1, jaxreg.sparsity_target(jaxreg.L1(0.01), 0.5, rate=1.0))
+    >>> w = jnp.array([0.1, 0.2, 1.0, 2.0])
+    >>> state = tx.init(w)
+    >>> for _ in range(9):
+    ...     updates, state = tx.update(jnp.zeros(4), state, w)
+    ...     w = optax.apply_updates(w, updates)
+    >>> (w == 0).tolist()
+    [True, True, False, False]
+    """
+    if not isinstance(penalty, Penalty) or not penalty.sparse or penalty.scales == ():
+        accepted = "a penalty with a strength whose prox gives exact zeros, such as L1"
+        raise _check.ArgumentError("penalty", _check.describe(penalty), accepted)
+    if not _check.is_schedule(target):
+        target = _check.fraction("target", target)
+    return SparsityTarget(penalty, target, _check.positive_finite("rate", rate))
