@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
     from jaxreg.optimality import certificate as certificate
+    from jaxreg.optimizers import prox_adagrad as prox_adagrad
     from jaxreg.optimizers import prox_adam as prox_adam
+    from jaxreg.optimizers import prox_adamw as prox_adamw
+    from jaxreg.optimizers import prox_rmsprop as prox_rmsprop
     from jaxreg.optimizers import prox_sgd as prox_sgd
     from jaxreg.optimizers import regularize as regularize
     from jaxreg.penalties import L0 as L0
@@ -57,8 +60,15 @@ if TYPE_CHECKING:
     from jaxreg.penalties import UnitNorm as UnitNorm
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
     from jaxreg.transforms import l2_decay as l2_decay
+    from jaxreg.transforms import magnitude_pruning as magnitude_pruning
     from jaxreg.transforms import metric as metric
+    from jaxreg.transforms import n_m_pruning as n_m_pruning
     from jaxreg.transforms import proximal as proximal
+    from jaxreg.transforms import ramda as ramda
+    from jaxreg.transforms import rda as rda
+    from jaxreg.transforms import reapply as reapply
+    from jaxreg.transforms import rmda as rmda
+    from jaxreg.transforms import sparsity_target as sparsity_target
     from jaxreg.transforms import weight_decay as weight_decay
 
 __version__ = "0.1.0"
@@ -114,12 +124,22 @@ _HOMES = {
     "global_norm": "jaxreg._tree",
     "groups": "jaxreg.groups",
     "l2_decay": "jaxreg.transforms",
+    "magnitude_pruning": "jaxreg.transforms",
+    "n_m_pruning": "jaxreg.transforms",
     "metric": "jaxreg.transforms.metric",
+    "prox_adagrad": "jaxreg.optimizers",
     "prox_adam": "jaxreg.optimizers",
+    "prox_adamw": "jaxreg.optimizers",
+    "prox_rmsprop": "jaxreg.optimizers",
     "prox_sgd": "jaxreg.optimizers",
     "proximal": "jaxreg.transforms",
     "regularize": "jaxreg.optimizers",
     "smoothed_cross_entropy": "jaxreg.losses",
+    "ramda": "jaxreg.transforms",
+    "rda": "jaxreg.transforms",
+    "reapply": "jaxreg.transforms",
+    "rmda": "jaxreg.transforms",
+    "sparsity_target": "jaxreg.transforms",
     "weight_decay": "jaxreg.transforms",
     "where": "jaxreg.where",
 }

@@ -24,6 +24,12 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def widest_dtype(tree: PyTree) -> Any:
+    """float64 where a leaf holds 64-bit floats, else float32."""
+    wide = any(jnp.finfo(leaf.dtype).bits == 64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
 def check_floating(name: str, tree: PyTree) -> None:
     """Raises where a leaf is not a real or complex floating array."""
     for path, leaf in zip(where.paths(tree), jax.tree.leaves(tree), strict=True):
@@ -51,7 +57,7 @@ def _sum_of_squares(parts: list[jax.Array], divisor: jax.Array) -> jax.Array:
 
 def _norm(leaves: list[jax.Array]) -> jax.Array:
     parts = [part for x in leaves for part in _real_parts(x)]
-    dtype = jnp.float64 if any(jnp.finfo(x.dtype).bits == 64 for x in parts) else jnp.float32
+    dtype = widest_dtype(parts)
     one = jnp.ones((), dtype)
     plain = _sum_of_squares(parts, one)
     # Where some squares over- or underflow, a second pass works on the entries over the largest.

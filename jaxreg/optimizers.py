@@ -1,16 +1,17 @@
 """Whole optimizers: the ordered builder `regularize`, and ready-made proximal ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import optax
 
 from jaxreg import _check
-from jaxreg.penalties.base import Penalty
 from jaxreg.transforms import metric as _metric
 from jaxreg.transforms.clipping import clip_by_global_norm
-from jaxreg.transforms.decay import l2_decay, weight_decay
+from jaxreg.transforms.decay import l2_decay
+from jaxreg.transforms.decay import weight_decay as _weight_decay
+from jaxreg.transforms.parts import Parts
 from jaxreg.transforms.proximal import proximal
 
 Number = float | jax.Array
@@ -24,8 +25,8 @@ def regularize(
     clip: Number | Transformation | None = None,
     l2: Number | optax.Schedule | Transformation | None = None,
     decay: Number | optax.Schedule | Transformation | None = None,
-    penalty: Penalty | Sequence[Penalty] | None = None,
-    metric: Literal["auto"] | _metric.Metric = "auto",
+    penalty: Parts | None = None,
+    metric: Literal["auto", "block"] | _metric.Metric | _metric.Block = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer with its regularizers in the one order that is right.
 
@@ -68,7 +69,7 @@ def regularize(
     _check.transformation("direction", direction)
     clip = _link("clip", clip, _check.positive, clip_by_global_norm)
     l2 = _link("l2", l2, _check.number_or_schedule, l2_decay)
-    decay = _link("decay", decay, _check.number_or_schedule, weight_decay)
+    decay = _link("decay", decay, _check.number_or_schedule, _weight_decay)
     before = [link for link in (clip, l2) if link is not None]
     return proximal(
         optax.chain(*before, direction) if before else direction,
@@ -90,7 +91,7 @@ def _link(
 
 def prox_sgd(
     learning_rate: Number | optax.Schedule,
-    penalty: Penalty | Sequence[Penalty],
+    penalty: Parts,
     momentum: Number | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -128,7 +129,7 @@ def prox_sgd(
 
 def prox_adam(
     learning_rate: Number | optax.Schedule,
-    penalty: Penalty | Sequence[Penalty],
+    penalty: Parts,
     b1: Number = 0.9,
     b2: Number = 0.999,
     eps: Number = 1e-8,
@@ -170,3 +171,151 @@ def prox_adam(
     gain = _metric.adam(b2, eps, eps_root)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     return proximal(adam, learning_rate, penalty, metric=gain)
+
+
+def prox_adamw(
+    learning_rate: Number | optax.Schedule,
+    penalty: Parts,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    eps_root: Number = 0.0,
+    weight_decay: Number | optax.Schedule | Transformation = 1e-4,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with a proximal step in Adam's own metric, after its decoupled weight decay.
+
+    $p \leftarrow \mathrm{prox}_{lr / d}(p - lr \, \hat m / d - lr \cdot weight\_decay \cdot p)$
+    with d as in `prox_adam`.
+
+    Args:
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        penalty: as in `jaxreg.proximal`.
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        eps_root: added to the second moment under the root, >= 0.
+        weight_decay: the strength of `jaxreg.weight_decay` on kernels (``optax.adamw`` decays all
+            leaves by default), or one of those with another rate or place.
+        nesterov: whether to use Nesterov's first moment.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as `prox_adam` does, or where weight_decay is negative.
+
+    Source: I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, ICLR 2019.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.prox_adamw(0.1, jaxreg.L1(1.0), weight_decay=0.5)
+    >>> w = jnp.array([2.0, 0.25])
+    >>> updates, _ = tx.update(jnp.zeros(2), tx.init(w), w)
+    >>> [round(float(x), 4) for x in optax.apply_updates(w, updates)]
+    [1.8, 0.1375]
+    """
+    decay = _link("weight_decay", weight_decay, _check.number_or_schedule, _weight_decay)
+    b1 = _check.fraction("b1", b1)
+    gain = _metric.adam(b2, eps, eps_root)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
+    return proximal(adam, learning_rate, penalty, metric=gain, decay=decay)
+
+
+def prox_rmsprop(
+    learning_rate: Number | optax.Schedule,
+    penalty: Parts,
+    decay: Number = 0.9,
+    eps: Number = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Number | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RMSProp with a proximal step in its own metric.
+
+    $p \leftarrow \mathrm{prox}_{lr / d}(p - lr \, g / d)$, $d = \sqrt{v + eps}$ with the decaying
+    mean v of squared gradients. With momentum the gain is 1 / (1 - momentum) times as large.
+
+    Args:
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        penalty: as in `jaxreg.proximal`.
+        decay: decay of the second moment, in [0, 1).
+        eps: as in `jaxreg.metric.rmsprop`, >= 0.
+        initial_scale: the second moment at the start.
+        eps_in_sqrt: whether eps is added under the root, or to it.
+        centered: whether the squared mean gradient is taken off the second moment.
+        momentum: a number in [0, 1), or None. It acts before the learning rate; in
+            ``optax.rmsprop`` behind it, which differs where a schedule changes the rate.
+        nesterov: whether to look ahead along the momentum.
+        bias_correction: whether the moments are corrected for their start.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as `jaxreg.proximal` does, or where a number is out of its range.
+
+    Source: T. Tieleman and G. Hinton, *Lecture 6.5: RMSProp*, 2012.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.prox_rmsprop(0.1, jaxreg.L1(1.0))
+    >>> w = jnp.array([2.0, 0.25])
+    >>> updates, _ = tx.update(jnp.array([0.5, 0.5]), tx.init(w), w)
+    >>> [round(float(x), 4) for x in optax.apply_updates(w, updates)]
+    [1.0513, 0.0]
+    """
+    gain = _metric.rmsprop(
+        decay, eps, centered=centered, eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction
+    )
+    scale_by = optax.scale_by_stddev if centered else optax.scale_by_rms
+    options = {"eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
+    direction = scale_by(decay, eps, initial_scale, **options)
+    if momentum is None:
+        return proximal(direction, learning_rate, penalty, metric=gain)
+    settled = _metric.momentum(_check.fraction("momentum", momentum))
+
+    def with_momentum(state: Any, params: Any) -> Any:
+        factor = settled(state, params)
+        return jax.tree.map(lambda g: g * factor, gain(state, params))
+
+    direction = optax.chain(direction, optax.trace(momentum, nesterov))
+    return proximal(direction, learning_rate, penalty, metric=with_momentum)
+
+
+def prox_adagrad(
+    learning_rate: Number | optax.Schedule,
+    penalty: Parts,
+    initial_accumulator_value: float = 0.1,
+    eps: Number = 1e-7,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adagrad with a proximal step in its own metric.
+
+    $p \leftarrow \mathrm{prox}_{lr / d}(p - lr \, g / d)$, $d = \sqrt{\sum g^2 + eps}$.
+
+    Args:
+        learning_rate: a number >= 0, a traced scalar, or a schedule.
+        penalty: as in `jaxreg.proximal`.
+        initial_accumulator_value: what the sum of squares begins with, >= 0.
+        eps: added under the root, >= 0.
+
+    Returns:
+        An optax transformation. ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as `jaxreg.proximal` does, or where a number is out of its range.
+
+    Source: J. Duchi, E. Hazan and Y. Singer, *Adaptive subgradient methods for online learning and
+    stochastic optimization*, JMLR 12, 2011.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.prox_adagrad(0.1, jaxreg.L1(1.0))
+    >>> w = jnp.array([2.0, 0.25])
+    >>> updates, _ = tx.update(jnp.array([0.5, 0.5]), tx.init(w), w)
+    >>> [round(float(x), 4) for x in optax.apply_updates(w, updates)]
+    [1.7465, 0.0]
+    """
+    initial = _check.nonnegative("initial_accumulator_value", initial_accumulator_value)
+    direction = optax.scale_by_rss(initial, eps)
+    return proximal(direction, learning_rate, penalty, metric=_metric.adagrad(eps))

@@ -35,6 +35,11 @@ class Case:
     name: str
     call: Callable[[Any, jax.Array], Any]
     strengths: tuple[float, float, float] = (0.25, 0.5, 0.75)
+    has_strength: bool = dataclasses.field(kw_only=True, default=True)
+    whole_strength: int = dataclasses.field(kw_only=True, default=1)
+    """A strength that is a whole number."""
+    holds_optax: bool = dataclasses.field(kw_only=True, default=False)
+    """Whether it calls functions of optax, which break under strict promotion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,6 @@ class PenaltyCase(Case):
     """``feasible(x, strength)``: a point of the domain of R for any x."""
     constraint: bool = dataclasses.field(kw_only=True, default=False)
     """Whether R is 0 or infinite."""
-    has_strength: bool = dataclasses.field(kw_only=True, default=True)
     shapes: tuple[tuple[int, ...], ...] = dataclasses.field(
         kw_only=True, default=((), (0,), (2, 0, 3), (5,))
     )
@@ -80,12 +84,14 @@ def _penalty(
     return PenaltyCase(name, lambda s, x: make(s).prox(x, 0.5), make=make, value=value, **rest)
 
 
-def _transform(name: str, make: Callable[[Any], optax.GradientTransformation]) -> TransformCase:
+def _transform(
+    name: str, make: Callable[[Any], optax.GradientTransformation], **rest: Any
+) -> TransformCase:
     def call(strength: Any, x: jax.Array) -> Any:
         tx = make(strength)
         return tx.update(x + jnp.ones((), x.dtype), tx.init(x), x)
 
-    return TransformCase(name, call, make=make)
+    return TransformCase(name, call, make=make, **rest)
 
 
 # Pieces of the oracles, in NumPy ---------------------------------------------------------------
@@ -458,15 +464,42 @@ CASES: list[Case] = [
     _transform("clip_by_global_norm", jaxreg.clip_by_global_norm),
     _transform("l2_decay", jaxreg.l2_decay),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1)),
-    _transform("proximal", lambda s: jaxreg.proximal(optax.trace(0.5), 0.1, jaxreg.L1(s))),
-    _transform("prox_sgd", lambda s: jaxreg.prox_sgd(0.1, jaxreg.L1(s), momentum=0.9)),
-    _transform("prox_adam", lambda s: jaxreg.prox_adam(0.1, jaxreg.L1(s))),
+    _transform(
+        "proximal", lambda s: jaxreg.proximal(optax.trace(0.5), 0.1, jaxreg.L1(s)), holds_optax=True
+    ),
+    _transform(
+        "sparsity_target",
+        lambda s: jaxreg.prox_sgd(0.1, jaxreg.sparsity_target(jaxreg.L1(1.0), s, rate=1.0)),
+        whole_strength=0,
+        holds_optax=True,
+    ),
+    _transform(
+        "prox_sgd",
+        lambda s: jaxreg.prox_sgd(0.1, jaxreg.L1(s), momentum=0.9),
+        holds_optax=True,
+    ),
+    _transform("prox_adam", lambda s: jaxreg.prox_adam(0.1, jaxreg.L1(s)), holds_optax=True),
+    _transform("prox_adamw", lambda s: jaxreg.prox_adamw(0.1, jaxreg.L1(s)), holds_optax=True),
+    _transform(
+        "prox_rmsprop",
+        lambda s: jaxreg.prox_rmsprop(0.1, jaxreg.L1(s), momentum=0.5),
+        holds_optax=True,
+    ),
+    _transform("prox_adagrad", lambda s: jaxreg.prox_adagrad(0.1, jaxreg.L1(s)), holds_optax=True),
     _transform(
         "regularize",
         lambda s: jaxreg.regularize(
             optax.scale_by_adam(), 0.1, clip=1.0, l2=s, decay=s, penalty=jaxreg.L1(s)
         ),
+        holds_optax=True,
     ),
+    _transform("rda", lambda s: jaxreg.rda(0.1, jaxreg.L1(s))),
+    _transform("rmda", lambda s: jaxreg.rmda(0.1, jaxreg.L1(s), momentum=0.5)),
+    _transform("ramda", lambda s: jaxreg.ramda(0.1, jaxreg.L1(s), momentum=0.5)),
+    _transform("magnitude_pruning", jaxreg.magnitude_pruning, whole_strength=0),
+    _transform("n_m_pruning", lambda s: jaxreg.n_m_pruning(1, 2, axis=0), has_strength=False),
+    # Averages
+    Case("reapply", lambda s, x: jaxreg.reapply(jaxreg.L1(s), x)),
     # Losses and noise
     Case(
         "smoothed_cross_entropy",

@@ -104,8 +104,9 @@ def test_inject_hyperparams_moves_the_strength_into_the_state(case: TransformCas
     for strength in (0.25, 0.5, 0.75):
         state.hyperparams["strength"] = jnp.asarray(strength)
         outputs.append(update(GRADS, state, PARAMS)[0])
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(outputs[0], outputs[2])
+    if case.has_strength:
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(outputs[0], outputs[2])
 
 
 def test_inject_hyperparams_takes_a_schedule_and_leaves_a_penalty_alone():
@@ -194,7 +195,7 @@ def test_nnx_optimizer(case: TransformCase):
     for _ in range(2):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
-    chex.assert_trees_all_close(nnx_params(model), params, rtol=1e-5)
+    chex.assert_trees_all_close(nnx_params(model), params, rtol=1e-5, atol=1e-7)
 
 
 class LinenModel(linen.Module):

@@ -58,7 +58,7 @@ def test_a_new_strength_does_not_recompile(case: Case):
     chex.clear_trace_counter()
     call = jax.jit(chex.assert_max_traces(case.call, n=1))
     outputs = [call(jnp.float32(s), sample()) for s in case.strengths]
-    if getattr(case, "has_strength", True):
+    if case.has_strength:
         with pytest.raises(AssertionError):
             chex.assert_trees_all_equal(*outputs[:2])
 
@@ -92,8 +92,7 @@ def test_gradients_are_finite_at_zero_and_elsewhere(case: Case):
         chex.assert_tree_all_finite(jax.grad(total, argnums=(0, 1))(0.5, x))
 
 
-# The others hold one of optax's own directions, which break under strict promotion.
-OURS = [c for c in CASES if c.name not in ("prox_adam", "prox_sgd", "proximal", "regularize")]
+OURS = [case for case in CASES if not case.holds_optax]
 
 
 @pytest.mark.usefixtures("strict")
@@ -106,7 +105,8 @@ def test_works_under_strict_promotion(case: Case, dtype):
 
 # The mask of dropout is drawn in float32 for every dtype (test_noise.py compares the values), and
 # optax's bias correction 1 - b2**count has a relative error of 1e-5 in float32.
-EXACT = [c for c in CASES if c.name not in ("dropout", "prox_adam", "regularize")]
+ROUNDED = ("dropout", "prox_adam", "prox_adamw", "regularize")
+EXACT = [case for case in CASES if case.name not in ROUNDED]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
@@ -611,4 +611,5 @@ def test_passes_over_none_masked_nodes_and_empty_leaves(case: TransformCase):
 
 @every_transform
 def test_integer_strengths_equal_floating_ones(case: TransformCase):
-    chex.assert_trees_all_equal(case.call(1, sample()), case.call(1.0, sample()))
+    whole = case.whole_strength
+    chex.assert_trees_all_equal(case.call(whole, sample()), case.call(float(whole), sample()))

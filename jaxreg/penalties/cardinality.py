@@ -4,6 +4,7 @@ In the metric of an elementwise step the coordinates that matter most are those 
 $x_i^2 / step_i$.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ class TopK(Constraint):
         if self.k >= x.size:
             return x
         size = jax.lax.stop_gradient(_importance(x, step))
-        return jnp.where(_largest(size.ravel(), self.k).reshape(x.shape), x, 0)
+        return jnp.where(largest([size], self.k)[0], x, 0)
 
 
 @penalty
@@ -90,7 +91,7 @@ class NM(Constraint):
         if self.n > self.m:
             raise _check.ArgumentError("n", repr(self.n), f"a whole number <= m = {self.m}")
 
-    def _blocks(self, x: Array) -> tuple[Array, int]:
+    def blocks(self, x: Array) -> tuple[Array, int]:
         """The array with the axis split into blocks of m, and where their own axis is."""
         axis = _check.axis("axis", self.axis, x)
         if x.shape[axis] % self.m:
@@ -100,17 +101,23 @@ class NM(Constraint):
         return x.reshape(shape), axis + 1
 
     def _contains(self, x: Array) -> Array:
-        blocks, axis = self._blocks(x)
+        blocks, axis = self.blocks(x)
         return jnp.sum(blocks != 0, axis) <= self.n
 
     def _project(self, x: Array, step: Array) -> Array:
-        size, axis = self._blocks(jax.lax.stop_gradient(_importance(x, step)))
-        position = jnp.arange(self.m).reshape([-1 if i == axis else 1 for i in range(size.ndim)])
-        rank = jnp.zeros(size.shape, jnp.int32)
-        for j in range(self.m):
-            other = jax.lax.slice_in_dim(size, j, j + 1, axis=axis)
-            rank += ((other > size) | ((other == size) & (j < position))).astype(jnp.int32)
-        return jnp.where((rank < self.n).reshape(x.shape), x, 0)
+        size, axis = self.blocks(jax.lax.stop_gradient(_importance(x, step)))
+        return jnp.where((ranks(size, axis) < self.n).reshape(x.shape), x, 0)
+
+
+def ranks(size: Array, axis: int) -> Array:
+    """The place of each number among those along the axis, 0 for the largest."""
+    length = size.shape[axis]
+    position = jnp.arange(length).reshape([-1 if i == axis else 1 for i in range(size.ndim)])
+    rank = jnp.zeros(size.shape, jnp.int32)
+    for j in range(length):
+        other = jax.lax.slice_in_dim(size, j, j + 1, axis=axis)
+        rank += ((other > size) | ((other == size) & (j < position))).astype(jnp.int32)
+    return rank
 
 
 def _importance(x: Array, step: Array) -> Array:
@@ -118,18 +125,22 @@ def _importance(x: Array, step: Array) -> Array:
     return jnp.abs(x) if step.ndim == 0 else jnp.abs(x) / jnp.sqrt(step)
 
 
-def _largest(size: Array, k: int) -> Array:
-    """Which k numbers of a vector >= 0 are the largest, of equal ones the first.
+def largest(sizes: Sequence[Array], k: int | Array) -> list[Array]:
+    """Which k numbers >= 0 of all the arrays are the largest, of equal ones the first.
 
     The bits of floats >= 0, read as integers, have the order of the floats. A threshold is built
     from its highest bit down: the largest integer that at least k numbers reach, or an earlier one
     that exactly k do.
+
+    Args:
+        sizes: arrays of any shapes and one dtype.
+        k: a whole number, which may be traced.
     """
-    unsigned, bits = (jnp.uint64, 63) if size.dtype == jnp.float64 else (jnp.uint32, 31)
-    keys = jax.lax.bitcast_convert_type(size, unsigned)
+    unsigned, bits = (jnp.uint64, 63) if sizes[0].dtype == jnp.float64 else (jnp.uint32, 31)
+    keys = [jax.lax.bitcast_convert_type(size, unsigned) for size in sizes]
 
     def reaching(threshold: Array) -> Array:
-        return jnp.sum(keys >= threshold, dtype=jnp.int32)
+        return _counted([key >= threshold for key in keys])
 
     def undecided(state: tuple[Array, Array, Array]) -> Array:
         bit, _, reached = state
@@ -144,12 +155,22 @@ def _largest(size: Array, k: int) -> Array:
         )
 
     highest = jnp.asarray(1 << (bits - 1), unsigned)
-    start = (highest, jnp.zeros((), unsigned), jnp.asarray(size.size, jnp.int32))
+    everything = jnp.asarray(sum(size.size for size in sizes), jnp.int32)
+    start = (highest, jnp.zeros((), unsigned), everything)
     _, threshold, reached = jax.lax.while_loop(undecided, next_bit, start)
 
-    def first_of_equal() -> Array:
-        above, equal = keys > threshold, keys == threshold
-        wanted = k - jnp.sum(above, dtype=jnp.int32)
-        return above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted))
+    def first_of_equal() -> list[Array]:
+        wanted = k - _counted([key > threshold for key in keys])
+        chosen = []
+        for key in keys:
+            equal = key == threshold
+            order = jnp.cumsum(equal.ravel(), dtype=jnp.int32).reshape(key.shape)
+            chosen.append((key > threshold) | (equal & (order <= wanted)))
+            wanted = wanted - _counted([equal])
+        return chosen
 
-    return jax.lax.cond(reached == k, lambda: keys >= threshold, first_of_equal)
+    return jax.lax.cond(reached == k, lambda: [key >= threshold for key in keys], first_of_equal)
+
+
+def _counted(chosen: Sequence[Array]) -> Array:
+    return sum((jnp.sum(part, dtype=jnp.int32) for part in chosen), jnp.zeros((), jnp.int32))

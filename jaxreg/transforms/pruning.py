@@ -1,0 +1,209 @@
+r"""Pruning: a mask of the weights that are kept, and zeros in the others.
+
+A pruning transformation comes last in a chain, after the learning rate. Its update takes a pruned
+weight to zero and keeps it there, and is the one it was given for the others. A weight that was
+pruned stays so.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg import _check, _tree
+from jaxreg import where as _where
+from jaxreg.penalties.cardinality import NM, largest, ranks
+
+Number = float | jax.Array
+Keep = Callable[[jax.Array, list[jax.Array]], list[jax.Array]]
+
+
+class PruningState(NamedTuple):
+    """State of `magnitude_pruning` and `n_m_pruning`.
+
+    Attributes:
+        count: steps taken, an int32 scalar.
+        masks: a tree like params of bools, True where a weight is kept; None for the leaves that
+            are not pruned.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    masks: Any
+
+
+def magnitude_pruning(
+    sparsity: Number | optax.Schedule,
+    *,
+    scope: Literal["global", "layer", "erk"] = "global",
+    every: int = 1,
+    where: _where.Selector | str = _where.kernels,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the largest weights and zeros the others: magnitude pruning during training.
+
+    For gradual pruning give a schedule; that of Zhu and Gupta, which rises from 0 to the final
+    sparsity as $1 - (1 - t / T)^3$, is ``optax.polynomial_schedule(0.0, final, 3, T, begin)``.
+
+    Args:
+        sparsity: the share of zeros, in [0, 1), a traced scalar, or a schedule.
+        scope: "global" compares all weights with each other; "layer" prunes each leaf to the same
+            share; "erk" (Erdos-Renyi-kernel) keeps in a leaf a share of the weights proportional
+            to the sum of its axes' lengths over their product, so that small layers stay dense,
+            with the given share of zeros in all.
+        every: masks are chosen anew in every so many steps, the first one included.
+        where: the leaves that are pruned: a selector or a path pattern; by default kernels.
+
+    Returns:
+        An optax transformation with state `PruningState`, the last of a chain. ``update`` needs
+        ``params``.
+
+    Raises:
+        ValueError: where an argument is out of its range; at ``init`` where the selector matches
+            no leaf or one that is not real floating; at ``update`` without params.
+
+    Sources: M. Zhu and S. Gupta, *To prune, or not to prune*, ICLR 2018 workshop; U. Evci, T.
+    Gale, J. Menick, P. Castro and E. Elsen, *Rigging the lottery*, ICML 2020 (for "erk").
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = optax.chain(optax.sgd(0.1), jaxreg.magnitude_pruning(0.5))
+    >>> w = jnp.array([0.1, -2.0, 3.0, 0.2])
+    >>> updates, _ = tx.update(jnp.zeros(4), tx.init(w), w)
+    >>> optax.apply_updates(w, updates).tolist()
+    [0.0, -2.0, 3.0, 0.0]
+    """
+    if not _check.is_schedule(sparsity):
+        sparsity = _check.fraction("sparsity", sparsity)
+    _check.choice("scope", scope, ("global", "layer", "erk"))
+
+    def keep(count: jax.Array, sizes: list[jax.Array]) -> list[jax.Array]:
+        share = sparsity(count) if _check.is_schedule(sparsity) else sparsity
+        dense = 1 - jnp.asarray(share, jnp.float32)
+        if scope == "global":
+            return largest(sizes, _rounded(dense * sum(x.size for x in sizes)))
+        counts = [dense * x.size for x in sizes] if scope == "layer" else _erk(dense, sizes)
+        return [largest([x], _rounded(n))[0] for x, n in zip(sizes, counts, strict=True)]
+
+    return _pruning(keep, every, where)
+
+
+def n_m_pruning(
+    n: int | optax.Schedule,
+    m: int,
+    *,
+    axis: int = -2,
+    every: int = 1,
+    where: _where.Selector | str = _where.kernels,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the n largest weights of each block of m along an axis, such as 2:4, in training.
+
+    A ramp is a schedule of n that falls from m: ``optax.linear_schedule(4, 2, 1000)`` keeps 4,
+    then 3, then 2 of 4; what it gives is rounded up.
+
+    Args:
+        n: a whole number from 0 to m, or a schedule.
+        m: a whole number >= 1, a divisor of the axis' length.
+        axis: along which the blocks lie; by default the input axis of a Flax kernel.
+        every: as in `magnitude_pruning`.
+        where: as in `magnitude_pruning`.
+
+    Returns:
+        An optax transformation, as `magnitude_pruning` is.
+
+    Raises:
+        ValueError: as `magnitude_pruning` does; and where n > m, m does not divide the axis, or a
+            leaf has no such axis.
+
+    Source: A. Zhou et al., *Learning N:M fine-grained structured sparse neural networks from
+    scratch*, ICLR 2021.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = optax.chain(optax.sgd(0.1), jaxreg.n_m_pruning(2, 4, axis=0))
+    >>> w = jnp.array([0.1, -2.0, 3.0, 0.2])
+    >>> updates, _ = tx.update(jnp.zeros(4), tx.init(w), w)
+    >>> optax.apply_updates(w, updates).tolist()
+    [0.0, -2.0, 3.0, 0.0]
+    """
+    fixed: Any = m if _check.is_schedule(n) else n
+    pattern = NM(fixed, m, axis=axis)
+
+    def keep(count: jax.Array, sizes: list[jax.Array]) -> list[jax.Array]:
+        kept: Any = jnp.ceil(jnp.asarray(n(count))) if _check.is_schedule(n) else n
+        masks = []
+        for size in sizes:
+            blocks, inner = pattern.blocks(size)
+            masks.append((ranks(blocks, inner) < kept).reshape(size.shape))
+        return masks
+
+    return _pruning(keep, every, where)
+
+
+def _pruning(
+    keep: Keep, every: int, where: _where.Selector | str
+) -> optax.GradientTransformationExtraArgs:
+    """A pruning transformation, where ``keep(count, sizes)`` chooses the masks of the leaves."""
+    every = _check.whole_number("every", every, at_least=1)
+    selector = _where.as_selector(where)
+
+    def chosen(params: Any) -> list[bool]:
+        return jax.tree.leaves(selector.mask(params))
+
+    def init(params: optax.Params) -> PruningState:
+        pruned = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
+        _check_real("params", pruned)
+        zero = jnp.zeros((), jnp.int32)
+        # What does not fit a leaf is an error before the first step.
+        jax.eval_shape(keep, zero, jax.tree.map(_tree.widen, jax.tree.leaves(pruned)))
+        return PruningState(zero, jax.tree.map(lambda p: jnp.ones(p.shape, bool), pruned))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, PruningState]:
+        del extra_args
+        params = _check.params_given(params)
+        leaves, treedef = jax.tree.flatten(params)
+        moves, pruned = treedef.flatten_up_to(updates), chosen(params)
+        numbers = [i for i, yes in enumerate(pruned) if yes]
+        masks, masks_treedef = jax.tree.flatten(state.masks)
+        dtype = _tree.widest_dtype([leaves[i] for i in numbers])
+
+        def choose() -> list[jax.Array]:
+            after = [leaves[i].astype(dtype) + moves[i].astype(dtype) for i in numbers]
+            # What was pruned before has the least size there is.
+            sizes = [jnp.where(m, jnp.abs(w), 0) for m, w in zip(masks, after, strict=True)]
+            return [m & new for m, new in zip(masks, keep(state.count, sizes), strict=True)]
+
+        masks = jax.lax.cond(state.count % every == 0, choose, lambda: masks)
+        for i, mask in zip(numbers, masks, strict=True):
+            moves[i] = jnp.where(mask, moves[i], -leaves[i].astype(moves[i].dtype))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return treedef.unflatten(moves), PruningState(count, masks_treedef.unflatten(masks))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_real(name: str, tree: Any) -> None:
+    _tree.check_floating(name, tree)
+    for path, leaf in zip(_where.paths(tree), jax.tree.leaves(tree), strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise _check.ArgumentError(name, f"complex values on {path}", "real floating leaves")
+
+
+def _rounded(count: jax.Array) -> jax.Array:
+    return jnp.round(count).astype(jnp.int32)
+
+
+def _erk(dense: jax.Array, sizes: list[jax.Array]) -> list[jax.Array]:
+    """How many weights each leaf keeps: min(size, c * sum of its axes), adding up to the share.
+
+    The leaves that keep all are found from the smallest size / sum on.
+    """
+    total = dense * sum(x.size for x in sizes)
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i].size / max(1, sum(sizes[i].shape)))
+    rest, weight = total, float(sum(sum(x.shape) for x in sizes))
+    counts: list[Any] = [None] * len(sizes)
+    for i in order:
+        own = float(sum(sizes[i].shape))
+        counts[i] = jnp.minimum(sizes[i].size, rest * (own / max(weight, 1.0)))
+        rest, weight = rest - counts[i], weight - own
+    return counts
