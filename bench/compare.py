@@ -218,7 +218,7 @@ def training_table(rounds: int, batch_size: int = 128) -> timing.Table:
 
 def regularized_adam(chosen: recipes.Regularizers) -> optax.GradientTransformation:
     """Adam with the regularizers that are an optimizer's affair."""
-    return chosen.optimizer(optax.scale_by_adam(), LEARNING_RATE)
+    return chosen.optimizer(optax.scale_by_adam(), LEARNING_RATE, steps=1)
 
 
 def training_step(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxreg import where as where
     from jaxreg._check import ArgumentError as ArgumentError
     from jaxreg._tree import global_norm as global_norm
+    from jaxreg.compression import compress as compress
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
     from jaxreg.optimality import certificate as certificate
@@ -110,6 +111,7 @@ _HOMES = {
     "TopK": "jaxreg.penalties",
     "UnitNorm": "jaxreg.penalties",
     "certificate": "jaxreg.optimality",
+    "compress": "jaxreg.compression",
     "FusedLasso": "jaxreg.penalties",
     "Nuclear": "jaxreg.penalties",
     "Orthogonal": "jaxreg.penalties",

@@ -220,7 +220,7 @@ class _LaneProgram:
         batch_size = min(settings.batch_size, rows)
         steps = settings.epochs * (rows // batch_size)
         schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
-        optimizer = regularizers.optimizer(optax.scale_by_adam(), schedule)
+        optimizer = regularizers.optimizer(optax.scale_by_adam(), schedule, steps)
         model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         graphdef, _, others = nnx.split(model, nnx.Param, ...)
         if paths := _where.paths(others):

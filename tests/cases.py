@@ -18,6 +18,7 @@ OTHER_NAMES = {
     "Penalty",
     "__version__",
     "certificate",
+    "compress",
     "global_norm",
     "groups",
     "metric",

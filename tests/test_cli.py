@@ -20,8 +20,8 @@ from jaxreg import comparison, report
 from jaxreg.cli import main
 
 RECIPES = (
-    "none, l2, weight_decay, l1_prox, elastic_net, dropout, label_smoothing, clip, early_stop, "
-    "cocktail"
+    "none, l2, weight_decay, l1_prox, elastic_net, group_lasso, nuclear, sparsity_target, pruning, "
+    "n_m, dropout, label_smoothing, clip, early_stop, cocktail"
 )
 SMALL = ["compare", "--model", "linear", "--seeds", "2", "--epochs", "2", "--train-size", "60"]
 OWN = ["compare", "--data", "good.csv", "--target", "label", *SMALL[1:-2]]

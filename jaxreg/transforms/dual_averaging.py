@@ -254,7 +254,7 @@ def _dual_averaging(
         share = momentum(state.count) if _check.is_schedule(momentum) else momentum
 
         def change(i: int, p: jax.Array) -> jax.Array:
-            w = moved.get(i, targets[i]).astype(targets[i].dtype)
+            w = (moved[i] if i in moved else targets[i]).astype(targets[i].dtype)
             m = jnp.asarray(share).astype(w.dtype)
             return (m * p.astype(w.dtype) + (1 - m) * w).astype(p.dtype) - p
 

@@ -48,6 +48,9 @@ class SparsityTarget:
     target: Number | optax.Schedule
     rate: Number
 
+    def __repr__(self) -> str:
+        return f"sparsity_target({self.penalty!r}, {self.target!r}, rate={self.rate!r})"
+
     def init(self) -> SparsityState:
         """The state before the first step."""
         one = jnp.ones((), jnp.float32)
