@@ -13,13 +13,13 @@ import jaxreg
 PACKAGE = Path(jaxreg.__file__).parent
 # Imports go from a later layer to an earlier one, or stay within a folder.
 LAYERS = [
-    ["_check", "_tree", "where", "groups"],
+    ["_check", "_tree", "where", "groups", "_roots", "_axes", "_constants"],
     ["penalties", "losses", "noise", "mnist1d"],
     ["optimality", "data"],
     ["splits"],
     ["transforms"],
     ["optimizers"],
-    ["models", "recipes"],
+    ["models", "recipes", "compression"],
     ["training"],
     ["comparison"],
     ["plot"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check
+from jaxreg._roots import above_cube_root
 from jaxreg.penalties.base import number, penalty
 from jaxreg.penalties.separable import Separable, slope_distance, soft_threshold
 
@@ -125,7 +126,7 @@ class LTwoThirds(Separable):
         # Newton's method for u / c, from c just above the cube root of |x|, where the polynomial
         # is >= 0.
         z = jnp.where(kept, size, 1)
-        c = jax.lax.stop_gradient(_above_cube_root(z))
+        c = jax.lax.stop_gradient(above_cube_root(z))
         z, q = z / c / c / c, jnp.where(kept, pull, 0) / (c * c) / (c * c)
         v = jnp.ones_like(z)
         for _ in range(6 if x.dtype == jnp.float64 else 5):
@@ -327,19 +328,6 @@ def _largest_root(q: jax.Array) -> jax.Array:
         square = jnp.square(v)
         v = (2 * square * v - q) / (3 * square - 1)
     return v
-
-
-def _above_cube_root(z: jax.Array) -> jax.Array:
-    """A number up to 0.2% above the cube root of z > 0.
-
-    A third of a float's bits, read as an integer, is nearly the exponent of the root; the tangent
-    there lies above the root. (`jnp.cbrt` is 100 times as slow as a multiplication on a CPU.)
-    """
-    double = z.dtype == jnp.float64
-    integer, bias = (jnp.int64, 0x2A9F7893_782DA1CE) if double else (jnp.int32, 0x2A517D48)
-    bits = jax.lax.bitcast_convert_type(z, integer)
-    rough = jax.lax.bitcast_convert_type(bits // 3 + bias, z.dtype)
-    return (z / jnp.square(rough) + 2 * rough) / 3
 
 
 def _power(u: jax.Array, exponent: float) -> jax.Array:

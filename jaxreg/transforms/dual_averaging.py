@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxreg import _check, _tree
+from jaxreg._roots import cube_root
 from jaxreg.transforms.parts import Parts, as_parts, init_parts, prox_step
 
 Number = float | jax.Array
@@ -160,7 +161,7 @@ def ramda(
 
     def gain(count: jax.Array, squares: Any) -> jax.Array:
         del count
-        return 1 / (jnp.cbrt(squares) + jnp.asarray(eps).astype(squares.dtype))
+        return 1 / (cube_root(squares) + jnp.asarray(eps).astype(squares.dtype))
 
     return _dual_averaging(
         penalty, _growing(learning_rate), gain, momentum=_momentum(momentum), elementwise=True

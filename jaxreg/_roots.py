@@ -1,0 +1,32 @@
+"""Roots that are fast on every device."""
+
+import jax
+import jax.numpy as jnp
+
+
+def above_cube_root(z: jax.Array) -> jax.Array:
+    """A number up to 0.2% above the cube root of z > 0.
+
+    A third of a float's bits, read as an integer, is nearly the exponent of the root; the tangent
+    there lies above the root. (`jnp.cbrt` is 100 times as slow as a multiplication on a CPU.)
+    """
+    double = z.dtype == jnp.float64
+    integer, bias = (jnp.int64, 0x2A9F7893_782DA1CE) if double else (jnp.int32, 0x2A517D48)
+    bits = jax.lax.bitcast_convert_type(z, integer)
+    rough = jax.lax.bitcast_convert_type(bits // 3 + bias, z.dtype)
+    return (z / jnp.square(rough) + 2 * rough) / 3
+
+
+def cube_root(z: jax.Array) -> jax.Array:
+    """The cube root of z >= 0 to rounding, with derivative 0 at 0.
+
+    >>> cube_root(jnp.array([0.0, 8.0])).tolist()
+    [0.0, 2.0]
+    """
+    positive = z > 0
+    safe = jnp.where(positive, z, 1)
+    root = above_cube_root(safe)
+    # Newton's method: each step squares the relative error, 0.002 at the start.
+    for _ in range(3 if z.dtype == jnp.float64 else 2):
+        root = root - (root - safe / jnp.square(root)) / 3
+    return jnp.where(positive, root, 0)
