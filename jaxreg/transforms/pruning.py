@@ -25,12 +25,12 @@ class PruningState(NamedTuple):
 
     Attributes:
         count: steps taken, an int32 scalar.
-        masks: a tree like params of bools, True where a weight is kept; None for the leaves that
-            are not pruned.
+        masks: arrays of bools, True where a weight is kept: one for each leaf that is pruned, in
+            the order of the leaves.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    masks: Any
+    masks: tuple[jax.Array, ...]
 
 
 def magnitude_pruning(
@@ -154,7 +154,7 @@ def _pruning(
         zero = jnp.zeros((), jnp.int32)
         # What does not fit a leaf is an error before the first step.
         jax.eval_shape(keep, zero, jax.tree.map(_tree.widen, jax.tree.leaves(pruned)))
-        return PruningState(zero, jax.tree.map(lambda p: jnp.ones(p.shape, bool), pruned))
+        return PruningState(zero, tuple(jnp.ones(p.shape, bool) for p in jax.tree.leaves(pruned)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -164,20 +164,21 @@ def _pruning(
         leaves, treedef = jax.tree.flatten(params)
         moves, pruned = treedef.flatten_up_to(updates), chosen(params)
         numbers = [i for i, yes in enumerate(pruned) if yes]
-        masks, masks_treedef = jax.tree.flatten(state.masks)
+        masks = state.masks
         dtype = _tree.widest_dtype([leaves[i] for i in numbers])
 
-        def choose() -> list[jax.Array]:
+        def choose() -> tuple[jax.Array, ...]:
             after = [leaves[i].astype(dtype) + moves[i].astype(dtype) for i in numbers]
             # What was pruned before has the least size there is.
             sizes = [jnp.where(m, jnp.abs(w), 0) for m, w in zip(masks, after, strict=True)]
-            return [m & new for m, new in zip(masks, keep(state.count, sizes), strict=True)]
+            kept = keep(state.count, sizes)
+            return tuple(m & new for m, new in zip(masks, kept, strict=True))
 
         masks = jax.lax.cond(state.count % every == 0, choose, lambda: masks)
         for i, mask in zip(numbers, masks, strict=True):
             moves[i] = jnp.where(mask, moves[i], -leaves[i].astype(moves[i].dtype))
         count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(moves), PruningState(count, masks_treedef.unflatten(masks))
+        return treedef.unflatten(moves), PruningState(count, masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
