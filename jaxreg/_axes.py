@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Axis = tuple[int, ...]
@@ -126,7 +127,8 @@ class Program:
             self.leaf_of[numbers[i]] = i
         outputs = self._flatten(closed.jaxpr, closed.consts, numbers)
         self.axes: dict[int, list[Axis]] = {}
-        for number in (*numbers, *self.concrete):
+        made = {number for op in self.ops for number in op.outputs}
+        for number in set(range(len(self._shapes))) - made:
             self._fresh(number)
         self.leaves = numbers[: len(leaves)]
         for number in numbers[len(leaves) :]:
@@ -152,9 +154,12 @@ class Program:
         env: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def constant(value: Any) -> int:
-            array = np.asarray(value)
+            # Random keys have no numbers that could be read.
+            opaque = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.extended)
+            array = value if opaque else np.asarray(value)
             number = self._number(array)
-            self.concrete[number] = array
+            if not opaque:
+                self.concrete[number] = array
             return number
 
         env |= {v: constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
@@ -228,6 +233,15 @@ class Program:
                     self.atoms.fix(ins[0][i], "a window that slides over them")
         elif op.name in ("concatenate", "pad", "slice", "rev", "cumsum", "cumprod", "cummax"):
             self._follow_positions(op)
+        elif op.name == "split":
+            self.atoms.fix(ins[0][p["axis"]], "a split, which cuts them")
+            for number in op.outputs:
+                self._fresh(number)
+                self.atoms.fix(self.axes[number][p["axis"]], "a split, which cuts them")
+                self.axes[number] = [
+                    own if i == p["axis"] else axis
+                    for i, (own, axis) in enumerate(zip(self.axes[number], ins[0], strict=True))
+                ]
         elif op.name == "gather" and self._takes_rows(op):
             offsets = p["dimension_numbers"].offset_dims
             self._fresh(out)

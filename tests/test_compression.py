@@ -193,6 +193,28 @@ def test_a_unit_of_a_residual_stream_goes_where_every_branch_is_zero():
     assert jaxreg.compress(model, x).shapes["up/kernel"] == ((32, 64), (26, 64))
 
 
+def test_what_is_cut_keeps_its_length_and_random_keys_are_no_numbers():
+    """One kernel for queries and keys; dropout, which holds a key, is off in evaluation."""
+
+    class Gated(nnx.Module):
+        def __init__(self, rngs):
+            self.both = nnx.Linear(6, 16, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+            self.hidden = nnx.Linear(8, 12, rngs=rngs)
+            self.out = nnx.Linear(12, 3, rngs=rngs)
+
+        def __call__(self, x):
+            gate, value = jnp.split(self.both(x), 2, axis=-1)
+            return self.out(nnx.relu(self.hidden(self.drop(nnx.sigmoid(gate) * value))))
+
+    model, x = Gated(nnx.Rngs(0)), normal(4, 6)
+    zero(model.both.kernel, slice(None), slice(3))
+    zero(model.hidden.kernel, slice(None), slice(5))
+    small = jaxreg.compress(model, x)
+    same_outputs(small, model, x)
+    assert set(small.shapes) == {"hidden/kernel", "hidden/bias", "out/kernel"}
+
+
 def test_layer_normalization_and_softmax_keep_their_length():
     class Normalized(nnx.Module):
         def __init__(self, rngs):
