@@ -81,7 +81,10 @@ def lasso(s: float = 0.2) -> Problem:
     return Problem(*SPARSE, lambda: jaxreg.L1(s), lambda x, t: soft(x, t * s), violation, solver)
 
 
-def mcp(s: float = 0.3, gamma: float = 2.0) -> Problem:
+MCP_STRENGTH, MCP_GAMMA = 0.3, 2.0
+
+
+def mcp(s: float = MCP_STRENGTH, gamma: float = MCP_GAMMA) -> Problem:
     def firm(x, step):
         return np.where(np.abs(x) <= gamma * s, soft(x, step * s) / (1 - step / gamma), x)
 
@@ -131,9 +134,10 @@ def nuclear(s: float = 0.3) -> Problem:
         u, _, vt = np.linalg.svd(w)
         rank = np.linalg.matrix_rank(w)
         g = u.T @ g @ vt.T
-        outside = np.linalg.norm(g[rank:, rank:], 2) - s
-        between = np.abs([*g[:rank, rank:].flat, *g[rank:, :rank].flat]).max()
-        return max(outside, between, np.abs(g[:rank, :rank] + s * np.eye(rank)).max())
+        norm = np.linalg.norm
+        within = norm(g[:rank, :rank] + s * np.eye(rank))
+        between = norm(g[:rank, rank:]) + norm(g[rank:, :rank])
+        return max(within, between, norm(g[rank:, rank:], 2) - s)
 
     def solver(x, y):
         return by_cvxpy(x, y, lambda w: s * cvxpy.normNuc(w))
@@ -158,15 +162,14 @@ ELEMENTWISE = {name: problem for name, problem in PROBLEMS.items() if name != "n
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_the_solution_is_one(problem):
+def test_the_solution_is_stationary_and_another_solver_finds_it(problem):
     w, grad = problem.solution, problem.grad(problem.solution)
     assert problem.violation(w, grad) <= 1e-12
     assert 0 < np.sum(problem.zeros(w)) < COLUMNS * OUTPUTS
     assert np.linalg.norm(grad) > 2 * CLIP
     if problem.solver:
-        chex.assert_trees_all_close(
-            w, problem.solver(problem.x, problem.y), atol=problem.solver_atol
-        )
+        other = problem.solver(problem.x, problem.y)
+        chex.assert_trees_all_close(w, other, atol=problem.solver_atol)
     residual = problem.penalty().residual(w, grad)
     chex.assert_trees_all_close(residual, jnp.zeros_like(residual), atol=1e-9)
 
@@ -179,8 +182,8 @@ def test_the_subdifferential_holds_0_at_the_solution(problem):
 
 def test_mcp_is_not_convex_here_and_a_weight_is_where_it_is_concave():
     curvature = np.linalg.eigvalsh(SPARSE[0].T @ SPARSE[0] / ROWS).min()
-    assert curvature < 1 / 2.0
-    assert 0 < abs(PROBLEMS["mcp"].solution[2]) < 2.0 * 0.3
+    assert curvature < 1 / MCP_GAMMA
+    assert 0 < PROBLEMS["mcp"].solution[2] < MCP_GAMMA * MCP_STRENGTH
 
 
 # Descent -----------------------------------------------------------------------------------------
@@ -344,26 +347,22 @@ def test_a_direction_of_some_leaves_ends_at_the_lasso_solution(direction):
     assert not reaches(minimize(naive, problem, start), problem)
 
 
-# Its start w0 holds dual averaging back: it ends at a distance of about (solution - w0) / (the
-# curvature times lr sqrt(t) for rda, 2 lr t for rmda). Begun again where it ended, it is that
-# factor nearer each time.
+# Its start w0 holds dual averaging back: after t steps, where the loss has the curvature h, a share
+# of 1 / (2 lr h sqrt(t)) of solution - w0 is left for rda, and of 1 / (2 lr h t) for rmda. Begun
+# again where it ended, it comes nearer by that factor: five rounds of 2,000 steps are enough.
 DUAL_AVERAGING = {
-    "rda": (lambda p: jaxreg.rda(1.0, p), 3e-2, CONVEX),
-    "rmda": (lambda p: jaxreg.rmda(0.3, p), 1e-3, CONVEX),
-    "ramda": (
-        lambda p: jaxreg.ramda(0.1, p),
-        1e-3,
-        {k: CONVEX[k] for k in ("lasso", "group_lasso")},
-    ),
+    "rda": (lambda p: jaxreg.rda(1.0, p), 3e-2, CONVEX.keys()),
+    "rmda": (lambda p: jaxreg.rmda(0.3, p), 1e-3, CONVEX.keys()),
+    "ramda": (lambda p: jaxreg.ramda(0.1, p), 1e-3, CONVEX.keys() & ELEMENTWISE),
 }
 
 
 @pytest.mark.parametrize(
     ("make", "atol", "problem"),
     [
-        pytest.param(make, atol, problem, id=f"{name}, {of}")
+        pytest.param(make, atol, PROBLEMS[of], id=f"{name}, {of}")
         for name, (make, atol, problems) in DUAL_AVERAGING.items()
-        for of, problem in problems.items()
+        for of in sorted(problems)
     ],
 )
 def test_dual_averaging_has_the_zeros_and_begun_again_the_solution(make, atol, problem):

@@ -148,6 +148,8 @@ class MCP(Separable):
     \gamma}$, else 0. Source: C.-H. Zhang, *Nearly unbiased variable selection under minimax
     concave penalty*, Annals of Statistics 38(2), 2010.
 
+    Under Adam the step may reach lr / eps: see `jaxreg.prox_adam`.
+
     Args:
         strength: s, a number >= 0, or a traced scalar.
         gamma: how slowly the slope falls off, a number > 0, or a traced scalar.
