@@ -142,6 +142,11 @@ def prox_adam(
     eps$. The first part of each update is ``optax.adam``'s. The penalty's ``residual`` says how
     far the end is from a minimizer; on full-batch problems a smaller b2 gets there sooner.
 
+    Where gradients vanish, d falls to eps and the step rises to lr / eps. A penalty that is not
+    convex (`jaxreg.MCP`, `jaxreg.SCAD`, `jaxreg.L0`) then jumps, and takes converged weights to 0:
+    with such a penalty choose eps >= lr / gamma. Weights in bfloat16 lose small steps to rounding,
+    and with them zeros: a larger learning rate or a smaller b2 (0.99) helps.
+
     Args:
         learning_rate: a number >= 0, a traced scalar, or a schedule.
         penalty: one penalty or several, each for its own leaves (kernels by default).
