@@ -93,7 +93,8 @@ class Constants:
         elif op.name == "conv_general_dilated":
             numbers = op.params["dimension_numbers"]
             inner = self.program.axes[op.inputs[0]][numbers.lhs_spec[1]]
-            padded = any(any(pair) for pair in op.params["padding"])
+            dilated = any(d != 1 for d in op.params["lhs_dilation"])
+            padded = dilated or any(any(pair) for pair in op.params["padding"])
             outer = self.program.axes[op.inputs[1]][numbers.rhs_spec[0]]
             self._add_contraction(op, inner, outer, folds=not padded)
             self._zeros_of_product(op)
@@ -168,9 +169,11 @@ class Constants:
             made |= dict.fromkeys(op.outputs, op)
 
         def leaf(number: int) -> int | None:
-            while number in made and made[number].name in _RESHAPES:
+            """The leaf that an array is, reshaped; None for one that is read elsewhere too."""
+            while len(uses[number]) == 1 and number in made and made[number].name in _RESHAPES:
                 number = made[number].inputs[0]
-            return self.program.leaf_of.get(number)
+            alone = len(uses[number]) == 1 and number not in self.program.outputs
+            return self.program.leaf_of.get(number) if alone else None
 
         for contraction in self.contractions:
             number = contraction.output
@@ -184,7 +187,9 @@ class Constants:
                     found = leaf(other)
                     if found is not None and contraction.right in self.program.concrete:
                         own = self.program.in_atoms(self.program.leaves[found])
-                        if sorted(own) == sorted(contraction.free):
+                        weights = self.program.in_atoms(contraction.right)
+                        once = len(set(weights)) == len(weights)
+                        if once and sorted(own) == sorted(contraction.free):
                             contraction.bias = found, 1 if op.name == "add" else -1
                 break
 

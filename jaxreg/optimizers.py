@@ -1,5 +1,6 @@
 """Whole optimizers: the ordered builder `regularize`, and ready-made proximal ones."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -279,13 +280,9 @@ def prox_rmsprop(
     direction = scale_by(decay, eps, initial_scale, **options)
     if momentum is None:
         return proximal(direction, learning_rate, penalty, metric=gain)
-    settled = _metric.momentum(_check.fraction("momentum", momentum))
-
-    def with_momentum(state: Any, params: Any) -> Any:
-        factor = settled(state, params)
-        return jax.tree.map(lambda g: g * factor, gain(state, params))
-
-    direction = optax.chain(direction, optax.trace(momentum, nesterov))
+    share = _check.fraction("momentum", momentum)
+    direction = optax.chain(direction, optax.trace(share, nesterov))
+    with_momentum = dataclasses.replace(gain, factor=1 / (1 - share))
     return proximal(direction, learning_rate, penalty, metric=with_momentum)
 
 

@@ -91,6 +91,42 @@ def test_a_constant_stays_where_padding_would_make_it_vary():
     assert small.shapes["conv1/kernel"] == ((3, 3, 1, 4), (3, 3, 1, 3))
 
 
+def test_a_bias_that_is_read_elsewhere_holds_no_constant():
+    """In the second branch, which the example leaves in the dark, it would change the outputs."""
+    params = {
+        "w1": normal(5, 4).at[:, 0].set(0),
+        "b1": jnp.ones(4),
+        "w2": normal(4, 3),
+        "w3": normal(5, 3),
+        "b2": normal(3),
+    }
+
+    def apply(p, x, on):
+        first = jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+        return first + on * (x @ p["w3"] + p["b2"])
+
+    x = normal(8, 5)
+    small = jaxreg.compress(apply, params, x, 0.0).model
+    chex.assert_trees_all_close(apply(small, 3 * x, 1.0), apply(params, 3 * x, 1.0), rtol=1e-4)
+
+
+def test_a_square_layer_on_a_residual_sum_is_followed():
+    class Residual(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(6, 16, rngs=rngs)
+            self.inner = nnx.Linear(16, 16, rngs=rngs)
+            self.out = nnx.Linear(16, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.first(x)
+            return self.out(x + nnx.relu(self.inner(x)))
+
+    model, x = Residual(nnx.Rngs(0)), normal(4, 6)
+    zero(model.first.kernel, slice(None), slice(5))
+    zero(model.inner.kernel, slice(None), slice(5))
+    same_outputs(jaxreg.compress(model, x), model, x)
+
+
 def test_units_that_nothing_reads_go_whatever_they_are():
     params = {"first": normal(5, 4), "second": normal(4, 3).at[1:3].set(0)}
     small = jaxreg.compress(

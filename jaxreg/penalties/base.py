@@ -231,14 +231,14 @@ class Penalty(abc.ABC):
     def _subdiff_distance(self, x: jax.Array, grad: jax.Array) -> jax.Array:
         raise _check.ArgumentError(
             "penalty",
-            f"{_check.describe(self)}, whose subdifferential has no direct form",
+            f"{type(self).__name__}, whose subdifferential has no direct form",
             "a penalty that is separable or of disjoint groups; residual(x, grad, step) is 0 at "
             "stationary points of any",
         )
 
     def _critical_multiplier(self, grad: jax.Array) -> jax.Array:
         raise _check.ArgumentError(
-            "penalty", f"{_check.describe(self)}, which is not convex", "a convex penalty"
+            "penalty", f"{type(self).__name__}, which is not convex", "a convex penalty"
         )
 
     def _gather(self, name: str, x: Any) -> jax.Array:
@@ -269,7 +269,7 @@ class Penalty(abc.ABC):
             raise _check.ArgumentError(
                 "step",
                 _check.describe(array),
-                f"a scalar: {_check.describe(self)} has no closed form in a diagonal metric, such "
+                f"a scalar: {type(self).__name__} has no closed form in a diagonal metric, such "
                 "as Adam's; use a direction with one gain for the whole leaf, such as momentum's",
             )
         if array.shape not in ((), x.shape) or complex_:

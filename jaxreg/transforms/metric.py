@@ -85,6 +85,8 @@ class Adaptive:
     state: str
     """The name of the class of the link's state: optax exports only some of them."""
     scale_of: Callable[[Any], Any]
+    factor: Number = 1.0
+    """What the gain is multiplied by where gradients have been seen."""
 
     def scale(self, direction_state: Any) -> Any:
         """A tree of scales like params, without the leaves that the direction is masked from."""
@@ -100,7 +102,7 @@ class Adaptive:
 
     def __call__(self, direction_state: Any, params: Any) -> Any:
         del params
-        return jax.tree.map(lambda d: Gain(1.0, d).values(), self.scale(direction_state))
+        return jax.tree.map(lambda d: Gain(self.factor, d).values(), self.scale(direction_state))
 
 
 def adam(b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0) -> Metric:
@@ -203,7 +205,7 @@ def rmsprop(
     centered: bool = False,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
-) -> Metric:
+) -> Adaptive:
     r"""The metric of ``optax.scale_by_rms``: $1 / \sqrt{v + eps}$.
 
     Args:
@@ -340,7 +342,8 @@ class Gain(NamedTuple):
         """One number, or one for each coordinate."""
         if self.scale is None:
             return self.factor
-        return jnp.where(self.scale > 0, self.factor / jnp.where(self.scale > 0, self.scale, 1), 1)
+        factor = jnp.asarray(self.factor).astype(self.scale.dtype)
+        return jnp.where(self.scale > 0, factor / jnp.where(self.scale > 0, self.scale, 1), 1)
 
     def blocked(self, update: jax.Array) -> tuple["Gain", jax.Array]:
         """One number for the leaf, and the update that a direction with that gain would give."""

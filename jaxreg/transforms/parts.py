@@ -75,21 +75,34 @@ def prox_step(
             found |= {i: part.astype(dtypes[i]) for i, part in pairs}
         return found
 
-    def share_of_zeros(penalty: Penalty) -> jax.Array:
-        leaves = moved([penalty], fixed=True).values()
+    def share_of_zeros(own: Penalty, others: Sequence[Penalty]) -> jax.Array:
+        """Among the leaves of one penalty, with all the others in force."""
+        found = moved([*others, own], fixed=True)
+        leaves = [found[i] for place in places([own], params) for i in _numbers(place)]
         zeros = sum(jnp.sum(w == 0, dtype=jnp.float32) for w in leaves)
         return zeros / jnp.float32(max(1, sum(w.size for w in leaves)))
 
-    penalties, after = [], []
-    for part, state in zip(parts, states, strict=True):
+    # The targets come last, each with the multipliers before it for its own.
+    penalties = [
+        state.multiplier * part.penalty if isinstance(part, SparsityTarget) else _given(part, count)
+        for part, state in zip(parts, states, strict=True)
+    ]
+    after = list(states)
+    for k, part in enumerate(parts):
         if isinstance(part, SparsityTarget):
-            share = lambda c, part=part: share_of_zeros(c * part.penalty)  # noqa: E731
-            state = part.step(count, state, share)
-            penalties.append(state.multiplier * part.penalty)
-        else:
-            penalties.append(_given(part, count))
-        after.append(state)
+            others = [*penalties[:k], *penalties[k + 1 :]]
+            share = lambda c, p=part, o=others: share_of_zeros(c * p.penalty, o)  # noqa: E731
+            new = part.step(count, states[k], share)
+            # A step of 0 says nothing about the strength.
+            numbers = [i for place in places([part.penalty], params) for i in _numbers(place)]
+            moves = jnp.stack([jnp.max(step(i), initial=0) > 0 for i in numbers]).any()
+            after[k] = jax.tree.map(lambda a, b, m=moves: jnp.where(m, a, b), new, states[k])
+            penalties[k] = after[k].multiplier * part.penalty
     return moved(penalties), tuple(after)
+
+
+def _numbers(place: Place) -> list[int]:
+    return jax.tree.leaves(place.leaves)
 
 
 def _given(part: Any, count: jax.Array) -> Penalty:

@@ -169,14 +169,19 @@ def _pruning(
 
         def choose() -> tuple[jax.Array, ...]:
             after = [leaves[i].astype(dtype) + moves[i].astype(dtype) for i in numbers]
-            # What was pruned before has the least size there is.
-            sizes = [jnp.where(m, jnp.abs(w), 0) for m, w in zip(masks, after, strict=True)]
+            # What was pruned before is smaller than any zero that was not.
+            least = jnp.finfo(dtype).tiny
+            sizes = [
+                jnp.where(m, jnp.maximum(jnp.abs(w), least), 0)
+                for m, w in zip(masks, after, strict=True)
+            ]
             kept = keep(state.count, sizes)
             return tuple(m & new for m, new in zip(masks, kept, strict=True))
 
         masks = jax.lax.cond(state.count % every == 0, choose, lambda: masks)
         for i, mask in zip(numbers, masks, strict=True):
-            moves[i] = jnp.where(mask, moves[i], -leaves[i].astype(moves[i].dtype))
+            # In the weight's dtype: a narrower -p would not take it to 0.
+            moves[i] = jnp.where(mask, moves[i].astype(leaves[i].dtype), -leaves[i])
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(moves), PruningState(count, masks)
 
@@ -200,11 +205,11 @@ def _erk(dense: jax.Array, sizes: list[jax.Array]) -> list[jax.Array]:
     The leaves that keep all are found from the smallest size / sum on.
     """
     total = dense * sum(x.size for x in sizes)
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i].size / max(1, sum(sizes[i].shape)))
-    rest, weight = total, float(sum(sum(x.shape) for x in sizes))
+    sums = [max(1, sum(x.shape)) for x in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i].size / sums[i])
+    rest, weight = total, float(sum(sums))
     counts: list[Any] = [None] * len(sizes)
     for i in order:
-        own = float(sum(sizes[i].shape))
-        counts[i] = jnp.minimum(sizes[i].size, rest * (own / max(weight, 1.0)))
-        rest, weight = rest - counts[i], weight - own
+        counts[i] = jnp.minimum(sizes[i].size, rest * (sums[i] / max(weight, 1.0)))
+        rest, weight = rest - counts[i], weight - sums[i]
     return counts

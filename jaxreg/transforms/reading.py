@@ -26,6 +26,9 @@ Gains = Callable[[Any, Any], list[Gain]]
 """``gains(state, params)``: one for each leaf of params, in their order."""
 
 
+_ONE = Gain(1.0)
+
+
 class Reading(NamedTuple):
     """A direction, some of whose links record in the state what they do, and its gains."""
 
@@ -52,10 +55,10 @@ def read(direction: Transformation, metric: Literal["auto"] | Metric) -> Reading
 def given(metric: Metric, state: Any, params: Any) -> list[Gain]:
     """What a metric says of each leaf: one gain serves all below it, a MaskedNode is none."""
     is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    adaptive = isinstance(metric, _metric.Adaptive)
-    tree = metric.scale(state) if adaptive else metric(state, params)
+    factor = metric.factor if isinstance(metric, _metric.Adaptive) else None
+    tree = metric.scale(state) if isinstance(metric, _metric.Adaptive) else metric(state, params)
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
-    wrap = (lambda d: Gain(1.0, d)) if adaptive else Gain
+    wrap = Gain if factor is None else lambda d: Gain(factor, d)
     return [
         gain
         for leaf, below in zip(leaves, treedef.flatten_up_to(params), strict=True)
@@ -101,7 +104,7 @@ def _read_partition(closed: dict[str, Any], gains_of: Callable[[Transformation],
 
     def gains(state: Any, params: Any) -> list[Gain]:
         tree = _of_tree(labels, params)
-        total = [Gain(1.0)] * len(tree)
+        total = [_ONE] * len(tree)
         for label, part in parts.items():
             inner, mask = state.inner_states[label], [other == label for other in tree]
             total = _multiplied(total, _within(part.gains, inner, params, mask))
@@ -120,7 +123,7 @@ def _within(gains: Gains, state: Any, params: Any, mask: Sequence[bool]) -> list
     leaves, treedef = jax.tree.flatten(params)
     kept = [p if yes else optax.MaskedNode() for p, yes in zip(leaves, mask, strict=True)]
     inner = iter(gains(state.inner_state, jax.tree.unflatten(treedef, kept)))
-    return [next(inner) if yes else Gain(1.0) for yes in mask]
+    return [next(inner) if yes else _ONE for yes in mask]
 
 
 def _of_tree(tree: Any, params: Any) -> list[Any]:
@@ -134,7 +137,7 @@ def _product(parts: Sequence[tuple[Callable[[Any], Any], Gains]]) -> Gains:
     """The gains of links one after the other: `parts` hold where each finds its state."""
 
     def gains(state: Any, params: Any) -> list[Gain]:
-        total = [Gain(1.0)] * _count(params)
+        total = [_ONE] * _count(params)
         for own_state, own in parts:
             total = _multiplied(total, own(own_state(state), params))
         return total
@@ -151,7 +154,7 @@ def _multiplied(first: list[Gain], second: list[Gain]) -> list[Gain]:
     made: dict[tuple[int, int], Gain] = {}
     for a, b in zip(first, second, strict=True):
         if (id(a), id(b)) not in made:
-            made[id(a), id(b)] = a * b
+            made[id(a), id(b)] = a if b is _ONE else b if a is _ONE else a * b
     return [made[id(a), id(b)] for a, b in zip(first, second, strict=True)]
 
 
@@ -172,7 +175,7 @@ def _count(params: Any) -> int:
 
 def _one_each(state: Any, params: Any) -> list[Gain]:
     del state
-    return [Gain(1.0)] * _count(params)
+    return [_ONE] * _count(params)
 
 
 # Links that scale each leaf by one number --------------------------------------------------------

@@ -23,6 +23,8 @@ Number = float | jax.Array
 _TOLERANCE = 1e-3  # of the share of zeros
 _FURTHEST = 3.0  # that log c moves in one step, where the step is too short for the target
 _MOST_TRIALS = 30
+_APART = 1e-4  # in log c, where the share jumps
+_LIMIT = 60.0  # of log c, far from where exp overflows
 _LEAST_MISSING = 0.05  # so that the target is not approached for ever
 
 
@@ -65,37 +67,68 @@ class SparsityTarget:
         target = jnp.asarray(target).astype(jnp.float32)
         start = jnp.log(state.multiplier)
         missing = jnp.maximum(target - state.sparsity, _LEAST_MISSING)
-        higher = start + jnp.asarray(rate).astype(jnp.float32) * missing
-        first = share(jnp.exp(higher))
+        rate = jnp.asarray(rate).astype(jnp.float32)
+        higher = start + rate * missing
+        # A share that is on target stays where it is.
+        log_c = jnp.where(state.reached | (target == 0), start, higher)
+        first = share(jnp.exp(log_c))
         rising = ~state.reached & (first < target)
-
-        def off(trial: _Trial) -> jax.Array:
-            return (jnp.abs(trial.share - target) > _TOLERANCE) & (trial.tries < _MOST_TRIALS)
-
-        def next_trial(trial: _Trial) -> _Trial:
-            low = jnp.where(trial.share < target, trial.log_c, trial.low)
-            high = jnp.where(trial.share < target, trial.high, trial.log_c)
-            # Outward in steps that double until the target is between two trials, then bisection.
-            between = jnp.isfinite(low) & jnp.isfinite(high)
-            outward = jnp.where(jnp.isfinite(low), low + trial.width, high - trial.width)
-            log_c = jnp.where(between, (low + high) / 2, outward)
-            log_c = jnp.clip(log_c, start - _FURTHEST, start + _FURTHEST)
-            return _Trial(trial.tries + 1, low, high, 2 * trial.width, log_c, share(jnp.exp(log_c)))
-
         infinite = jnp.full((), jnp.inf, jnp.float32)
         width = jnp.full((), 0.02, jnp.float32)
-        given = _Trial(jnp.int32(0), -infinite, infinite, width, higher, first)
-        held = jax.lax.while_loop(lambda trial: off(trial) & ~rising, next_trial, given)
-        return SparsityState(jnp.exp(held.log_c), held.share, state.reached | ~rising)
+
+        def off(best: jax.Array) -> jax.Array:
+            return jnp.abs(best - target)
+
+        def undecided(trial: _Trial) -> jax.Array:
+            apart = trial.high - trial.low > _APART
+            return (off(trial.best) > _TOLERANCE) & apart & (trial.tries < _MOST_TRIALS)
+
+        def next_trial(trial: _Trial) -> _Trial:
+            # Outward in steps that double until the target is between two trials, then bisection.
+            between = jnp.isfinite(trial.low) & jnp.isfinite(trial.high)
+            outward = jnp.where(
+                jnp.isfinite(trial.low), trial.low + trial.width, trial.high - trial.width
+            )
+            log_c = jnp.where(between, (trial.low + trial.high) / 2, outward)
+            log_c = jnp.clip(log_c, start - _FURTHEST, start + _FURTHEST)
+            found = share(jnp.exp(log_c))
+            better = off(found) < off(trial.best)
+            return _Trial(
+                trial.tries + 1,
+                jnp.where(found < target, log_c, trial.low),
+                jnp.where(found < target, trial.high, log_c),
+                2 * trial.width,
+                jnp.where(better, log_c, trial.log_c),
+                jnp.where(better, found, trial.best),
+            )
+
+        given = _Trial(
+            jnp.int32(0),
+            jnp.where(first < target, log_c, -infinite),
+            jnp.where(first < target, infinite, log_c),
+            width,
+            log_c,
+            first,
+        )
+        held = jax.lax.while_loop(lambda trial: undecided(trial) & ~rising, next_trial, given)
+        # Where even the largest c leaves too few zeros, weights are too far from 0 for one step:
+        # c goes on as it does before the target is reached. Where the least one leaves too many it
+        # is taken, and between two trials the best.
+        short = jnp.isinf(held.high) & (held.best < target - _TOLERANCE) & ~rising
+        excess = jnp.isinf(held.low) & (held.best > target + _TOLERANCE)
+        log_c = jnp.where(short, start + rate * missing, held.log_c)
+        log_c = jnp.where(excess, start - _FURTHEST, log_c)
+        log_c = jnp.clip(log_c, -_LIMIT, _LIMIT)
+        return SparsityState(jnp.exp(log_c), held.best, state.reached | ~rising)
 
 
 class _Trial(NamedTuple):
     tries: jax.Array
     low: jax.Array  # log c with too few zeros; -inf before one was tried
-    high: jax.Array  # log c with too many; inf likewise
+    high: jax.Array  # log c with enough of them; inf likewise
     width: jax.Array
-    log_c: jax.Array
-    share: jax.Array
+    log_c: jax.Array  # of the best trial
+    best: jax.Array  # its share
 
 
 def sparsity_target(
