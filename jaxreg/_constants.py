@@ -25,6 +25,8 @@ class Contraction:
     right: int
     output: int
     atoms: Axis
+    left_axes: Sequence[int]  # the axes that are summed over
+    right_axes: Sequence[int]
     free: Axis  # of the right side, in the output
     folds: bool  # whether a constant of the left side adds a constant to the output
     bias: tuple[int, int] | None = None  # the leaf it can go into, and its sign
@@ -57,28 +59,33 @@ class Constants:
             for number, value in zip(op.outputs, results, strict=True):
                 self.program.concrete[number] = np.asarray(value)
 
-    def along(self, number: int, atom: int) -> Vector | None:
+    def along(self, number: int, atom: int, axes: Sequence[int] | None = None) -> Vector | None:
         """For each index of the atom the value of the slice, NaN where it is not known.
 
-        None where nothing is known, or the array has no such atom and is not one number.
+        None where nothing is known, or the array has no such atom and is not one number. `axes`
+        say where to look for the atom in an array that has it twice, such as a square kernel.
         """
-        if number not in self.known:
-            self.known[number] = {}
-        known = self.known[number]
-        if number in self.program.concrete and atom not in known:
-            value = self.program.concrete[number]
-            atoms = self.program.in_atoms(number)
-            if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
-                return None
-            if atoms.count(atom) == 1 and value.size:
-                place = atoms.index(atom)
-                split = value.reshape([self.program.atoms.sizes[a] for a in atoms])
-                rows = np.moveaxis(split, place, 0).reshape(split.shape[place], -1)
-                same = (rows == rows[:, :1]).all(1)
-                known[atom] = np.where(same, rows[:, 0].astype(np.float64), np.nan)
-            elif atom not in atoms and value.size and (value == value.flat[0]).all():
-                known[atom] = np.full(self.program.atoms.sizes[atom], value.flat[0], np.float64)
-        return known.get(atom)
+        program = self.program
+        if number not in program.concrete:
+            return self.known.get(number, {}).get(atom)
+        value, atoms = program.concrete[number], program.in_atoms(number)
+        if (not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool) or not value.size:
+            return None
+        if atom not in atoms:
+            same = (value == value.flat[0]).all()
+            return np.full(program.atoms.sizes[atom], value.flat[0], np.float64) if same else None
+        owners = [i for i, axis in enumerate(program.axes[number]) for _ in self._parts(axis)]
+        wanted = range(len(program.axes[number])) if axes is None else axes
+        places = [k for k, a in enumerate(atoms) if a == atom and owners[k] in wanted]
+        if len(places) != 1:
+            return None
+        split = value.reshape([program.atoms.sizes[a] for a in atoms])
+        rows = np.moveaxis(split, places[0], 0).reshape(split.shape[places[0]], -1)
+        same = (rows == rows[:, :1]).all(1)
+        return np.where(same, rows[:, 0].astype(np.float64), np.nan)
+
+    def _parts(self, axis: Axis) -> Axis:
+        return self.program.atoms.expand(axis)
 
     def _follow_values(self, op: Op) -> None:
         out = op.outputs[0]
@@ -92,12 +99,12 @@ class Constants:
             self._follow_product(op)
         elif op.name == "conv_general_dilated":
             numbers = op.params["dimension_numbers"]
-            inner = self.program.axes[op.inputs[0]][numbers.lhs_spec[1]]
             dilated = any(d != 1 for d in op.params["lhs_dilation"])
             padded = dilated or any(any(pair) for pair in op.params["padding"])
+            inner, other = numbers.lhs_spec[1:2], numbers.rhs_spec[1:2]
             outer = self.program.axes[op.inputs[1]][numbers.rhs_spec[0]]
-            self._add_contraction(op, inner, outer, folds=not padded)
-            self._zeros_of_product(op)
+            self._add_contraction(op, inner, other, outer, folds=not padded)
+            self._zeros_of_product(op, inner, other)
         elif op.name in ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
             self._pass(op, self.program.in_atoms(out))
         elif op.name in WINDOWS or op.name == "gather":
@@ -137,27 +144,34 @@ class Constants:
 
     def _follow_product(self, op: Op) -> None:
         (inner, other), (_, batch) = op.params["dimension_numbers"]
-        first, second = (self.program.axes[i] for i in op.inputs)
+        second = self.program.axes[op.inputs[1]]
         free = [axis for i, axis in enumerate(second) if i not in (*other, *batch)]
-        self._add_contraction(op, joined(first[i] for i in inner), joined(free), folds=not batch)
-        self._zeros_of_product(op)
+        self._add_contraction(op, inner, other, joined(free), folds=not batch)
+        self._zeros_of_product(op, inner, other)
 
-    def _zeros_of_product(self, op: Op) -> None:
-        """A product is zero where one of its factors is."""
+    def _zeros_of_product(self, op: Op, inner: Sequence[int], other: Sequence[int]) -> None:
+        """A product is zero where one of its factors is, along what is not summed over."""
         out = op.outputs[0]
         self.known[out] = {}
-        for atom in self.program.in_atoms(out):
+        atoms = self.program.in_atoms(out)
+        for atom in (a for a in atoms if atoms.count(a) == 1):
             zero = np.zeros(self.program.atoms.sizes[atom], bool)
-            for number in op.inputs:
-                vector = self.along(number, atom) if atom in self.program.in_atoms(number) else None
+            for number, summed in zip(op.inputs, (inner, other), strict=True):
+                own = self.program.axes[number]
+                axes = [i for i, a in enumerate(own) if i not in summed and atom in self._parts(a)]
+                vector = self.along(number, atom, axes) if axes else None
                 if vector is not None:
                     zero |= vector == 0
             self.known[out][atom] = np.where(zero, 0.0, np.nan)
 
-    def _add_contraction(self, op: Op, inner: Axis, free: Axis, *, folds: bool) -> None:
+    def _add_contraction(
+        self, op: Op, inner: Sequence[int], other: Sequence[int], free: Axis, *, folds: bool
+    ) -> None:
         left, right = op.inputs
-        atoms, others = (self.program.atoms.expand(axis) for axis in (inner, free))
-        self.contractions.append(Contraction(left, right, op.outputs[0], atoms, others, folds))
+        atoms = self._parts(joined(self.program.axes[left][i] for i in inner))
+        self.contractions.append(
+            Contraction(left, right, op.outputs[0], atoms, inner, other, self._parts(free), folds)
+        )
 
     def _find_biases(self) -> None:
         """Where a constant that is added to a product can go: a leaf that is added to it next."""

@@ -222,7 +222,8 @@ def _removable(known: Constants, names: list[str]) -> dict[int, np.ndarray]:
     masks: dict[int, np.ndarray] = {}
     for contraction in known.contractions:
         for atom in contraction.atoms:
-            left, right = (known.along(n, atom) for n in (contraction.left, contraction.right))
+            left = known.along(contraction.left, atom, contraction.left_axes)
+            right = known.along(contraction.right, atom, contraction.right_axes)
             gone = np.zeros(atoms.sizes[atom], bool)
             for vector in (left, right):
                 if vector is not None:

@@ -123,8 +123,13 @@ def test_a_square_layer_on_a_residual_sum_is_followed():
 
     model, x = Residual(nnx.Rngs(0)), normal(4, 6)
     zero(model.first.kernel, slice(None), slice(5))
+    small = jaxreg.compress(model, x)
+    assert small.shapes == {}  # what `inner` adds to the sum is not zero
     zero(model.inner.kernel, slice(None), slice(5))
-    same_outputs(jaxreg.compress(model, x), model, x)
+    small = jaxreg.compress(model, x)
+    same_outputs(small, model, x)
+    assert small.shapes["inner/kernel"] == ((16, 16), (11, 11))
+    assert small.shapes["out/kernel"] == ((16, 3), (11, 3))
 
 
 def test_units_that_nothing_reads_go_whatever_they_are():
