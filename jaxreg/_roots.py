@@ -18,15 +18,15 @@ def above_cube_root(z: jax.Array) -> jax.Array:
 
 
 def cube_root(z: jax.Array) -> jax.Array:
-    """The cube root of z >= 0 to rounding, with derivative 0 at 0.
+    """The cube root of z >= 0 to rounding, with derivative 0 at 0 and infinity at infinity.
 
     >>> cube_root(jnp.array([0.0, 8.0])).tolist()
     [0.0, 2.0]
     """
-    positive = z > 0
-    safe = jnp.where(positive, z, 1)
+    regular = (z > 0) & (z < jnp.inf)
+    safe = jnp.where(regular, z, 1)
     root = above_cube_root(safe)
     # Newton's method: each step squares the relative error, 0.002 at the start.
     for _ in range(3 if z.dtype == jnp.float64 else 2):
         root = root - (root - safe / jnp.square(root)) / 3
-    return jnp.where(positive, root, 0)
+    return jnp.where(regular, root, jax.lax.stop_gradient(z))

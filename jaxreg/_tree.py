@@ -40,6 +40,14 @@ def check_floating(name: str, tree: PyTree) -> None:
             raise _check.ArgumentError(name, given + place, "floating arrays")
 
 
+def check_real(name: str, tree: PyTree) -> None:
+    """Raises where a leaf is not a real floating array."""
+    check_floating(name, tree)
+    for path, leaf in zip(where.paths(tree), jax.tree.leaves(tree), strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise _check.ArgumentError(name, f"complex values on {path}", "real floating arrays")
+
+
 def nodes(tree: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
     """The outermost nodes of the given types in a tree."""
     is_one = lambda node: isinstance(node, kinds)  # noqa: E731

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ FIGURES = (
     "test_nll",
     "calibration_error",
     "zeros",
+    "rank",
     "best_epoch",
 )
 
@@ -114,6 +115,7 @@ class Comparison:
             "name": recipe.name,
             "description": recipe.description,
             "settings": regularizers.describe(),
+            "target_zeros": regularizers.target_zeros,
             "seeds": [{"seed": seed, **of} for seed, of in enumerate(figures)],
             "curves": {
                 "epoch": list(range(1, self.settings.epochs + 1)),
@@ -203,6 +205,32 @@ def calibration_error(outputs: np.ndarray, targets: np.ndarray, variance: float 
     return float(np.abs(inside - levels).mean())
 
 
+def structure_notes(results: Mapping[str, Any]) -> list[str]:
+    """What the structure of the weights came to: targets of zeros that were missed, low ranks.
+
+    Args:
+        results: as `Comparison.results` gives them.
+    """
+    said = []
+    for recipe in results["recipes"]:
+        name, target = recipe["name"], recipe["target_zeros"]
+        zeros, ranks = ([seed[key] for seed in recipe["seeds"]] for key in ("zeros", "rank"))
+        if None in (*zeros, *ranks):
+            continue  # diverged
+        share, rank = float(np.mean(zeros)), float(np.mean(ranks))
+        if target is not None and abs(share - target) > 0.01:
+            said.append(f"{name} missed its target of {target:.0%} zeros: it has {share:.1%}.")
+        if rank < 0.95:
+            said.append(f"Kernels of {name} have {rank:.0%} of the rank they could have.")
+    return said
+
+
+def _rank(kernel: np.ndarray) -> float:
+    """The rank of a kernel, as a matrix whose columns are units, over the largest it could be."""
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return float(np.linalg.matrix_rank(matrix) / min(matrix.shape))
+
+
 def _layers(model: models.MLP | models.CNN) -> str:
     """The sizes of a model's layers: ``64-128-10``, or ``conv 16, 32; dense 128-10``."""
     if isinstance(model, models.CNN):
@@ -234,6 +262,7 @@ def _figures(lane: int, fit: training.LaneFit, split: Split) -> dict[str, Any]:
         "test_nll": _plain(training.negative_log_likelihood(*test, variance)),
         "calibration_error": _plain(calibration_error(outputs[2], targets[2], float(variance))),
         "zeros": _plain(np.mean(weights == 0)),
+        "rank": _plain(np.mean([_rank(kernel) for kernel in kernels])),
         "best_epoch": int(fit.best_epoch[lane]),
     }
 

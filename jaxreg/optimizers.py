@@ -146,7 +146,9 @@ def prox_adam(
     Where gradients vanish, d falls to eps and the step rises to lr / eps. A penalty that is not
     convex (`jaxreg.MCP`, `jaxreg.SCAD`, `jaxreg.L0`) then jumps, and takes converged weights to 0:
     with such a penalty choose eps >= lr / gamma. Weights in bfloat16 lose small steps to rounding,
-    and with them zeros: a larger learning rate or a smaller b2 (0.99) helps.
+    and with them zeros: a larger learning rate or a smaller b2 (0.99) helps. Weights that never get
+    a gradient, such as those of pixels that are always dark, have the gain 1, and shrink by lr
+    times the strength a step, far more slowly than the others.
 
     Args:
         learning_rate: a number >= 0, a traced scalar, or a schedule.

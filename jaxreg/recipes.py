@@ -13,6 +13,7 @@ from jaxreg.optimizers import regularize
 from jaxreg.penalties import L1, ElasticNet, GroupLasso, Nuclear
 from jaxreg.transforms import magnitude_pruning, n_m_pruning, sparsity_target
 from jaxreg.transforms.parts import Parts
+from jaxreg.transforms.sparsity import SparsityTarget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Regularizers:
 
     The first four are arguments of `jaxreg.regularize`; with ``block`` the penalty works in one
     metric a leaf (`jaxreg.metric.block`). ``sparsity`` is the share of weights that are pruned by
-    magnitude, and ``n_m`` the pattern that they are pruned to; both rise over the first half of
-    the training. ``dropout`` is the rate of the model's dropout layers, ``smoothing`` the loss's
-    label smoothing, and ``early_stop`` says whether the weights of the epoch with the least
+    magnitude, and ``n_m`` the pattern that they are pruned to; both are reached after the first
+    half of the training. ``dropout`` is the rate of the model's dropout layers, ``smoothing`` the
+    loss's label smoothing, and ``early_stop`` says whether the weights of the epoch with the least
     validation loss are kept in place of the last ones.
     """
 
@@ -71,6 +72,17 @@ class Regularizers:
             links.append(n_m_pruning(optax.linear_schedule(m, n, ramp), m, where=_InBlocks(m)))
         return optax.chain(*links) if len(links) > 1 else links[0]
 
+    @property
+    def target_zeros(self) -> float | None:
+        """The share of zeros in the kernels that training is to end with; None for none.
+
+        >>> RECIPES["pruning"].regularizers(0.7).target_zeros
+        0.7
+        """
+        if isinstance(self.penalty, SparsityTarget):
+            return float(self.penalty.target)  # pyright: ignore[reportArgumentType]
+        return self.sparsity or None
+
     def describe(self) -> dict[str, Any]:
         """What is switched on, by name, in values that JSON can hold.
 
@@ -91,7 +103,8 @@ class _InBlocks(_where.Selector):
     m: int
 
     def selects(self, path: str, leaf: Any) -> bool:
-        return _where.kernels.selects(path, leaf) and leaf.shape[-2] % self.m == 0
+        in_blocks = len(leaf.shape) > 1 and leaf.shape[-2] % self.m == 0
+        return in_blocks and _where.kernels.selects(path, leaf)
 
     def mask(self, tree: Any) -> Any:
         chosen = map(self.selects, _where.paths(tree), jax.tree.leaves(tree))

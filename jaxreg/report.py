@@ -34,6 +34,7 @@ from rich.text import Text
 from scipy.special import stdtrit  # scipy comes with jax
 
 from jaxreg import plot
+from jaxreg.comparison import structure_notes
 from jaxreg.plot import Spread, spread
 
 Results = Mapping[str, Any]
@@ -272,7 +273,7 @@ def _seeds(results: Results) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """What the verdict leaves out: rivals of the best, better scores, diverged recipes."""
+    """What the verdict leaves out: rivals, better scores, missed targets, diverged recipes."""
     rows = summary(results)
     finite = {row.name: of.mean for row in rows if isfinite((of := row.metrics["test_nll"]).mean)}
     said = []
@@ -299,6 +300,7 @@ def notes(results: Results) -> list[str]:
             said.append(f"Better than none in {column.name}: {name}, by {change}.")
     lost = {row.name: of for row in rows if (of := row.metrics["test_nll"]).diverged}
     shares = [f"{name} ({of.diverged} of {of.seeds} seeds)" for name, of in lost.items()]
+    said += structure_notes(results)
     return [*said, f"Diverged: {', '.join(shares)}."] if shares else said
 
 

@@ -15,7 +15,7 @@ import jaxreg
 from jaxreg import comparison, data, splits, training
 from jaxreg.recipes import RECIPES, Regularizers
 
-FIGURES = ("train_score", "test_score", "gap", "test_nll", "calibration_error", "zeros")
+FIGURES = ("train_score", "test_score", "gap", "test_nll", "calibration_error", "zeros", "rank")
 SEEDS = 3
 
 
@@ -102,7 +102,8 @@ def test_figures_are_those_of_scikit_learn_and_scipy(fitted):
         calibration = expected_calibration_error(test, test_y)
     # Biases do not count as zeros.
     zeros = (fit.params["kernel"][0] == 0).sum() / 15
-    expected = (*scores, scores[0] - scores[1], nll, calibration, zeros)
+    rank = np.linalg.matrix_rank(fit.params["kernel"][0]) / 3
+    expected = (*scores, scores[0] - scores[1], nll, calibration, zeros, rank)
     for name, value in zip(FIGURES, expected, strict=True):
         assert seed[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert seed["best_epoch"] == 4

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jaxreg
+from jaxreg._roots import cube_root
 
 pytestmark = pytest.mark.core
 
@@ -132,10 +133,24 @@ def test_what_needs_one_step_for_all_is_for_rda_and_rmda():
         chex.assert_trees_all_close(w + updates, 0.85 * jnp.eye(3), rtol=1e-5)
 
 
+def test_cube_roots_of_the_whole_range():
+    z = np.array([0.0, 2e-38, 1e-20, 0.3, 1.0, 8.0, 3e38, np.inf], np.float32)
+    np.testing.assert_allclose(cube_root(jnp.asarray(z)), np.cbrt(z), rtol=3e-7)
+    assert float(jax.grad(cube_root)(0.0)) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: jaxreg.rda(-1.0, jaxreg.L1(0.1)), "learning_rate: got -1.0"),
+        (
+            lambda: jaxreg.rda(optax.constant_schedule(0.1), jaxreg.L1(0.1)),
+            "learning_rate: got a schedule; .* rmda takes a schedule",
+        ),
+        (
+            lambda: jaxreg.ramda(0.1, jaxreg.L1(0.1)).init(jnp.ones(3, jnp.complex64)),
+            "params: got complex values",
+        ),
         (lambda: jaxreg.rmda(0.1, jaxreg.L1(0.1), momentum=1.0), "momentum: got 1.0"),
         (lambda: jaxreg.ramda(0.1, jaxreg.L1(0.1), eps=0.0), "eps: got 0.0"),
         (lambda: jaxreg.ramda(0.1, 0.1), "penalty: got 0.1"),

@@ -257,6 +257,7 @@ def test_l2_before_the_clip_is_weaker_by_its_coefficient_and_the_penalty_is_not(
         (lambda: jaxreg.prox_adam(-0.1, jaxreg.L1(0.1)), "learning_rate: got -0.1"),
         (lambda: jaxreg.prox_adam(0.1, 0.1), "penalty: got 0.1; accepted: a jaxreg penalty"),
         (lambda: jaxreg.prox_adam(0.1, [jaxreg.L1(0.1), None]), "penalty: got None"),
+        (lambda: jaxreg.prox_adam(0.1, "l1"), "penalty: got 'l1'; accepted: a jaxreg penalty"),
         (lambda: jaxreg.prox_adam(0.1, jaxreg.L1(0.1), b1=1.0), "b1: got 1.0"),
         (lambda: jaxreg.prox_sgd(0.1, jaxreg.L1(0.1), momentum=1.5), "momentum: got 1.5"),
         (lambda: jaxreg.regularize(optax.identity(), 0.1, clip=0.0), "clip: got 0.0"),

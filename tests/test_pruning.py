@@ -88,6 +88,21 @@ def test_masks_are_chosen_anew_in_every_so_many_steps():
     np.testing.assert_allclose(shares, expected, atol=2e-4)
 
 
+def test_masks_are_chosen_by_the_weights_before_the_step():
+    tx = jaxreg.magnitude_pruning(0.5)
+    w = jnp.array([1.0, 2.0, 3.0, 4.0])
+    updates, _ = tx.update(jnp.array([10.0, 0.0, 0.0, 0.0]), tx.init(w), w)
+    np.testing.assert_array_equal(optax.apply_updates(w, updates), [0.0, 0.0, 3.0, 4.0])
+
+
+def test_settings_that_are_no_numbers_are_static_under_injection():
+    make = optax.inject_hyperparams(
+        jaxreg.magnitude_pruning, static_args=("scope", "every", "where")
+    )
+    after, _ = descend(make(sparsity=0.8, scope="layer", every=2))
+    assert share(after["small"]["kernel"]) == pytest.approx(0.8, abs=1e-4)
+
+
 def test_what_was_pruned_stays_zero_whatever_its_gradient():
     tx = optax.chain(optax.adam(0.1), jaxreg.magnitude_pruning(0.5))
     first, state = descend(tx)
@@ -340,6 +355,10 @@ def test_reapply_brings_back_zeros_and_constraints_after_an_average():
         (lambda: jaxreg.sparsity_target(jaxreg.L1(0.1), 0.5, rate=0), "rate: got 0"),
         (lambda: jaxreg.sparsity_target(jaxreg.L2(0.1), 0.5), r"penalty: got L2\(0.1\)"),
         (lambda: jaxreg.sparsity_target(jaxreg.TopK(3), 0.5), r"penalty: got TopK\(3\)"),
+        (lambda: jaxreg.sparsity_target(jaxreg.L1(0), 0.5), r"penalty: got L1\(0.0\).* is not 0"),
+        (lambda: jaxreg.sparsity_target(jaxreg.ElasticNet(0, 0.0), 0.5), "strength is not 0"),
+        (lambda: jaxreg.sparsity_target(jaxreg.MCP(0.0), 0.5), "strength is not 0"),
+        (lambda: jaxreg.reapply("l1", PARAMS), "penalty: got 'l1'; accepted: a jaxreg penalty"),
         (
             lambda: jaxreg.prox_sgd(0.1, lambda count: 3).init(PARAMS),
             "penalty: got a function that gives 3",

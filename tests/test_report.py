@@ -109,11 +109,13 @@ def _recipe(
         figures["gap"] = figures["train_score"] - figures["test_score"]
         figures["calibration_error"] = calibration + 0.001 * luck[seed]
         figures["zeros"] = zeros + (0.01 * luck[seed] if zeros else 0.0)
+        figures["rank"] = 1.0
         seeds.append({"seed": seed, **figures, "best_epoch": kept})
     return {
         "name": name,
         "description": description,
         "settings": settings,
+        "target_zeros": None,
         "seeds": seeds,
         "curves": curves,
         "compile_seconds": 3.1 + len(name) / 10,
@@ -326,6 +328,20 @@ def test_notes_name_the_recipes_with_a_better_score():
         a["test_score"], b["test_score"] = 0.9, 0.92 + 0.001 * (i % 2)
     assert any("Better than none in test accuracy: l2, by +2.0" in n for n in report.notes(results))
     assert not any("Better" in n for n in report.notes(synthetic_results(["none", "l2"], noise=30)))
+
+
+def test_missed_targets_and_low_ranks_are_said():
+    results = synthetic_results(["none", "l1_prox", "l2"])
+    assert not any("missed" in n or "rank" in n for n in report.notes(results))
+    by_name = {recipe["name"]: recipe for recipe in results["recipes"]}
+    set_metric(results, "zeros", (0.0, 0.7, 0.0))
+    set_metric(results, "rank", (1.0, 1.0, 0.25))
+    by_name["l1_prox"]["target_zeros"] = 0.8
+    by_name["none"]["target_zeros"] = 0.005  # within a percentage point
+    said = " ".join(report.notes(results))
+    assert "l1_prox missed its target of 80% zeros: it has 70.0%." in said
+    assert "Kernels of l2 have 25% of the rank they could have." in said
+    assert "none missed" not in said
 
 
 def test_verdict_of_one_seed_admits_that_noise_is_unknown():

@@ -295,16 +295,14 @@ def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> A
         factor = jnp.maximum(norm - pull, 0) / jnp.where(norm > 0, norm, 1)
         return groups.scaled(x, jnp.where(pull == 0, 1, factor))
     pull = step * groups.spread(a)
-    # |x / pull| <= 1 without dividing by a pull of 0; the comparison has no derivative.
-    z, p = jax.lax.stop_gradient((x, pull))
-    inside = groups.sum(jnp.square(jnp.where(z == 0, 0, z / jnp.where(z == 0, 1, p)))) <= 1
-    zero = groups.spread(inside | (norm == 0))
-    # A zero group gets an equation that has a root, and its result is not used.
-    z = jnp.where(zero, jnp.ones_like(x), x)
-    p = jnp.where(zero, jnp.zeros_like(x), pull)
+    # theta counts from a floor at rounding, which no divisor is below; a root there is zero.
+    floor = float(jnp.finfo(x.dtype).eps) * norm
     one = jnp.ones((), x.dtype)
-    theta = groups.spread(secular_root(z, p, one, one, groups))
-    return jnp.where(pull == 0, x, jnp.where(zero, 0, x * (theta / (theta + p))))
+    above = secular_root(x, pull + groups.spread(floor), one, one, groups)
+    theta = groups.spread(jnp.where(above > 0, above + floor, 0))
+    zero = (theta == 0) | (x == 0)
+    shrunk = x * (theta / (theta + jnp.where(zero, 1, pull)))
+    return jnp.where(pull == 0, x, jnp.where(zero, 0, shrunk))
 
 
 def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Array:

@@ -25,7 +25,8 @@ class Place(NamedTuple):
 
 def as_penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
     """One penalty or a sequence of them as a tuple."""
-    parts = (penalty,) if not isinstance(penalty, Sequence) else tuple(penalty)
+    several = isinstance(penalty, Sequence) and not isinstance(penalty, str)
+    parts: tuple[Any, ...] = tuple(penalty) if several else (penalty,)
     for part in parts:
         if not isinstance(part, Penalty):
             raise _check.ArgumentError(

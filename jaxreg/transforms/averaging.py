@@ -19,8 +19,13 @@ def reapply(
     s, weights whose average is below step * s are zero again, and the others come that much
     nearer to 0. A projection is the same for every step.
 
+    The optimizer's own step is its learning rate times its gain: under `jaxreg.prox_sgd` the
+    learning rate is a natural choice, under `jaxreg.prox_adam` some multiple of it; a threshold t
+    for L1 is step t / s.
+
     Args:
-        penalty: one penalty or several, as in `jaxreg.proximal`.
+        penalty: one penalty or several. For a function of the step count give the penalty of the
+            last step; for a `jaxreg.sparsity_target` its penalty times the last multiplier.
         params: a tree of averages.
         step: a scalar >= 0.
 

@@ -70,6 +70,9 @@ def rda(learning_rate: Number, penalty: Parts) -> optax.GradientTransformationEx
     >>> (w + updates).tolist()
     [2.0, 0.0]
     """
+    if _check.is_schedule(learning_rate):
+        accepted = "a number >= 0: all gradients have the same weight; rmda takes a schedule"
+        raise _check.ArgumentError("learning_rate", "a schedule", accepted)
     rate = _check.nonnegative("learning_rate", learning_rate)
 
     def gain(count: jax.Array, squares: Any) -> jax.Array:
@@ -204,7 +207,8 @@ def _dual_averaging(
     parts = as_parts(penalty)
 
     def init(params: optax.Params) -> DualAveragingState:
-        _tree.check_floating("params", params)
+        check = _tree.check_real if elementwise else _tree.check_floating
+        check("params", params)
         states, places = init_parts(parts, params)
         for place in places:
             if elementwise and not place.penalty.elementwise_step:

@@ -350,9 +350,7 @@ class Gain(NamedTuple):
         if self.factor is None or not self.is_elementwise():
             return self, update
         scale = 1 / self.factor if self.scale is None else self.scale
-        largest = jnp.max(scale, initial=0)
-        share = scale / jnp.where(largest > 0, largest, 1)
-        mean = largest * jnp.sqrt(jnp.mean(jnp.square(share)))
+        mean = _tree.global_norm(scale) / max(1, scale.size) ** 0.5
         mean = jnp.where(mean > 0, mean, 1)
         factor = 1 if self.scale is None else self.factor
         return Gain(factor / mean), update * (scale / mean).astype(update.dtype)

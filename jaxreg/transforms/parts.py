@@ -21,7 +21,8 @@ def as_parts(penalty: Parts) -> tuple[Part, ...]:
     Raises:
         ValueError: where one is nothing that makes a penalty.
     """
-    parts = tuple(penalty) if isinstance(penalty, Sequence) else (penalty,)
+    several = isinstance(penalty, Sequence) and not isinstance(penalty, str)
+    parts: tuple[Any, ...] = tuple(penalty) if several else (penalty,)
     for part in parts:
         if not isinstance(part, (Penalty, SparsityTarget)) and not callable(part):
             accepted = (

@@ -2,7 +2,8 @@ r"""Pruning: a mask of the weights that are kept, and zeros in the others.
 
 A pruning transformation comes last in a chain, after the learning rate. Its update takes a pruned
 weight to zero and keeps it there, and is the one it was given for the others. A weight that was
-pruned stays so.
+pruned stays so. Masks are chosen by the weights before the step: by those after it, every step
+would write its update to memory once more.
 """
 
 from collections.abc import Callable
@@ -55,8 +56,9 @@ def magnitude_pruning(
         where: the leaves that are pruned: a selector or a path pattern; by default kernels.
 
     Returns:
-        An optax transformation with state `PruningState`, the last of a chain. ``update`` needs
-        ``params``.
+        An optax transformation with state `PruningState`, the last of a chain: what comes after it
+        would move pruned weights. ``update`` needs ``params``. Under ``optax.inject_hyperparams``
+        give ``static_args=("scope", "every", "where")``.
 
     Raises:
         ValueError: where an argument is out of its range; at ``init`` where the selector matches
@@ -150,7 +152,7 @@ def _pruning(
 
     def init(params: optax.Params) -> PruningState:
         pruned = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
-        _check_real("params", pruned)
+        _tree.check_real("params", pruned)
         zero = jnp.zeros((), jnp.int32)
         # What does not fit a leaf is an error before the first step.
         jax.eval_shape(keep, zero, jax.tree.map(_tree.widen, jax.tree.leaves(pruned)))
@@ -168,12 +170,11 @@ def _pruning(
         dtype = _tree.widest_dtype([leaves[i] for i in numbers])
 
         def choose() -> tuple[jax.Array, ...]:
-            after = [leaves[i].astype(dtype) + moves[i].astype(dtype) for i in numbers]
             # What was pruned before is smaller than any zero that was not.
             least = jnp.finfo(dtype).tiny
             sizes = [
-                jnp.where(m, jnp.maximum(jnp.abs(w), least), 0)
-                for m, w in zip(masks, after, strict=True)
+                jnp.where(m, jnp.maximum(jnp.abs(leaves[i].astype(dtype)), least), 0)
+                for m, i in zip(masks, numbers, strict=True)
             ]
             kept = keep(state.count, sizes)
             return tuple(m & new for m, new in zip(masks, kept, strict=True))
@@ -186,13 +187,6 @@ def _pruning(
         return treedef.unflatten(moves), PruningState(count, masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_real(name: str, tree: Any) -> None:
-    _tree.check_floating(name, tree)
-    for path, leaf in zip(_where.paths(tree), jax.tree.leaves(tree), strict=True):
-        if jnp.iscomplexobj(leaf):
-            raise _check.ArgumentError(name, f"complex values on {path}", "real floating leaves")
 
 
 def _rounded(count: jax.Array) -> jax.Array:

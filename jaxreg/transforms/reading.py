@@ -350,7 +350,8 @@ def refusal(what: str) -> _check.ArgumentError:
         "metric",
         f"'auto' for {what}",
         f"{', '.join(n.removeprefix('optax.') for n in ('optax.identity', *_READERS))} of optax, "
-        "clips, trust ratios and l2_decay before or after them, in chains and masks; for another "
+        "clips by norm, trust ratios and l2_decay before or after them, in chain, named_chain, "
+        "masked and partition; for another "
         "direction metric=, its gain on a constant gradient as a function (direction_state, "
         "params) -> gain, or jaxreg.metric.sgd() where that is 1",
     )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxreg import _check
@@ -140,11 +141,16 @@ def sparsity_target(
     each step until the share of zeros, in all the leaves that the penalty is for, reaches the
     target. Then each step takes the c that leaves the target share, to within 0.1 percentage
     points, or as near as whole groups allow. So the penalty's own strength only says where to
-    begin: choose it small. One more proximal step is computed for each trial: one while c rises,
+    begin: choose it small, but not 0. The strength in force is c times it:
+    ``state.penalties[0].multiplier`` of a `jaxreg.prox_adam` state with one penalty is c, and
+    ``.sparsity`` the share; watch that share: a target that the steps left can't reach is not an
+    error. One more proximal step is computed for each trial: one while c rises,
     then a few.
 
     The share is that of a penalized solution, whose kept weights are shrunk too: for very high
-    targets a penalty that shrinks large weights less (`jaxreg.MCP`) loses less accuracy.
+    targets a penalty that shrinks large weights less (`jaxreg.MCP`) loses less accuracy. The share
+    is of all leaves together: in a small network a high target may take a whole layer, and with it
+    the accuracy; then lower the rate, or give each layer a target of its own with ``.on``.
 
     Args:
         penalty: one whose prox gives exact zeros (its ``sparse`` is True) and that has a strength.
@@ -158,8 +164,8 @@ def sparsity_target(
         its `SparsityState`.
 
     Raises:
-        ValueError: where the penalty has no strength or gives no zeros, the target is outside
-            [0, 1), or the rate is not positive.
+        ValueError: where the penalty has no strength, one of 0, or gives no zeros, the target is
+            outside [0, 1), or the rate is not positive.
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> tx = jaxreg.prox_sgd(0.1, jaxreg.sparsity_target(jaxreg.L1(0.01), 0.5, rate=1.0))
@@ -176,4 +182,8 @@ def sparsity_target(
         raise _check.ArgumentError("penalty", _check.describe(penalty), accepted)
     if not _check.is_schedule(target):
         target = _check.fraction("target", target)
+    strengths = [getattr(penalty, name, None) for name in penalty.scales or ("strength",)]
+    if all(_check.is_concrete(s) and not np.any(s) for s in strengths):
+        accepted = "one whose strength is not 0: no multiple of it gives zeros"
+        raise _check.ArgumentError("penalty", repr(penalty), accepted)
     return SparsityTarget(penalty, target, _check.positive_finite("rate", rate))
