@@ -296,7 +296,8 @@ def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> A
         return groups.scaled(x, jnp.where(pull == 0, 1, factor))
     pull = step * groups.spread(a)
     # theta counts from a floor at rounding, which no divisor is below; a root there is zero.
-    floor = float(jnp.finfo(x.dtype).eps) * norm
+    info = jnp.finfo(x.dtype)
+    floor = jnp.maximum(float(info.eps) * norm, float(info.tiny) ** 0.5)
     one = jnp.ones((), x.dtype)
     above = secular_root(x, pull + groups.spread(floor), one, one, groups)
     theta = groups.spread(jnp.where(above > 0, above + floor, 0))

@@ -23,7 +23,7 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
 
     Args:
         z: an array of any shape.
-        alpha: a scalar or an array of z's shape, > 0 where z is not 0.
+        alpha: a scalar or an array of z's shape, > 0.
         beta: a scalar or an array of z's shape, > 0.
         radius: r > 0, a scalar or one number a group.
         groups: those of z.
@@ -38,13 +38,12 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
         mu = root(*primals)
 
         def miss(z: Array, alpha: Array, beta: Array, radius: Array) -> Array:
-            terms = jnp.square(_over(z, alpha + groups.spread(mu) * beta))
+            terms = jnp.square(z / (alpha + groups.spread(mu) * beta))
             return groups.sum(terms) / jnp.square(radius)
 
         z, alpha, beta, radius = primals
         divisor = alpha + groups.spread(mu) * beta
-        slope = groups.sum(_over(2 * beta * jnp.square(_over(z, divisor)), divisor))
-        slope = slope / jnp.square(radius)
+        slope = 2 * groups.sum(jnp.square(z / divisor) * (beta / divisor)) / jnp.square(radius)
         _, change = jax.jvp(miss, primals, tangents)
         usable = (mu > 0) & (slope > 0)
         return mu, jnp.where(usable, change / jnp.where(usable, slope, 1), 0)
@@ -63,25 +62,21 @@ def _rise_to_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gr
 
     def newton(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, mu, _ = state
-        divisor = alpha + groups.spread(mu) * beta
-        squares = jnp.square(_over(z, divisor))
-        total, slope = groups.sum(squares), groups.sum(_over(squares * beta, divisor))
+        # What both sums shared XLA would write to memory: each gets a divisor of its own.
+        again = jax.lax.optimization_barrier(mu)
+        total = groups.sum(jnp.square(z / (alpha + groups.spread(mu) * beta)))
+        divisor = alpha + groups.spread(again) * beta
+        slope = groups.sum(jnp.square(z / divisor) * (beta / divisor))
         usable = slope > 0
         rise = total * (jnp.sqrt(total) / radius - 1) / jnp.where(usable, slope, 1)
         rise = jnp.where(usable, jnp.maximum(rise, 0), 0)
         return count + 1, mu + rise, rise
 
-    weights = jnp.square(z)
-    total = groups.sum(weights)
+    total = groups.sum(jnp.square(z))
 
     def mean(numbers: Array) -> Array:
-        return groups.sum(weights * numbers) / total if numbers.ndim else numbers
+        return groups.sum(z * (z * numbers)) / total if numbers.ndim else numbers
 
     bound = (jnp.sqrt(total) / radius - mean(alpha)) / mean(beta)
     start = jnp.where((bound > 0) & (bound < jnp.inf), bound, 0)
     return jax.lax.while_loop(rising, newton, (jnp.zeros((), int), start, start + 1))[1]
-
-
-def _over(x: Array, divisor: Array) -> Array:
-    """The quotient, 0 where x is."""
-    return jnp.where(x == 0, 0, x / jnp.where(x == 0, 1, divisor))
