@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxreg import where as where
     from jaxreg._check import ArgumentError as ArgumentError
     from jaxreg._tree import global_norm as global_norm
+    from jaxreg.compression import Compressed as Compressed
     from jaxreg.compression import compress as compress
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
@@ -86,6 +87,7 @@ _HOMES = {
     "SCAD": "jaxreg.penalties",
     "Affine": "jaxreg.penalties",
     "Box": "jaxreg.penalties",
+    "Compressed": "jaxreg.compression",
     "ElasticNet": "jaxreg.penalties",
     "ExclusiveLasso": "jaxreg.penalties",
     "GroupLasso": "jaxreg.penalties",

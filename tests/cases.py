@@ -15,6 +15,7 @@ import jaxreg
 # Exported names that are no regularizers: what they are made of, or work with.
 OTHER_NAMES = {
     "ArgumentError",
+    "Compressed",
     "Penalty",
     "__version__",
     "certificate",

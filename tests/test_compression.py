@@ -9,9 +9,11 @@ import pytest
 from flax import linen, nnx
 
 import jaxreg
+from jaxreg._check import ArgumentError
 from jaxreg.models import CNN, MLP
 
 RNG = np.random.default_rng(0)
+ROUNDING = 16 * float(jnp.finfo(jnp.float32).eps)  # of sums in another order
 
 
 def zero(parameter, *index):
@@ -24,10 +26,27 @@ def normal(*shape):
 
 
 def same_outputs(small, model, *inputs):
-    expected = model(*inputs)
-    difference = float(jnp.max(jnp.abs(small.model(*inputs) - expected)))
-    assert difference <= 1e-6 * float(jnp.max(jnp.abs(expected)))
-    assert small.difference <= 1e-6
+    """On the example, and on inputs that `compress` did not see."""
+    fresh = tuple(3 * normal(*x.shape) for x in inputs)
+    for own in (inputs, fresh):
+        expected = model(*own)
+        difference = float(jnp.max(jnp.abs(small.model(*own) - expected)))
+        assert difference <= ROUNDING * float(jnp.max(jnp.abs(expected)))
+    assert small.difference <= ROUNDING
+
+
+def same_function(small, apply, params, *inputs):
+    """As `same_outputs`, for a function of parameters."""
+    fresh = tuple(
+        3 * normal(*x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs
+    )
+    for own in (inputs, fresh):
+        found, expected = apply(small.model, *own), apply(params, *own)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def shapes_of(small):
+    return {name: leaf.shape for name, leaf in small.model.items()}
 
 
 # Chains of layers --------------------------------------------------------------------------------
@@ -261,14 +280,26 @@ def test_layer_normalization_and_softmax_keep_their_length():
         def __init__(self, rngs):
             self.first = nnx.Linear(6, 8, rngs=rngs)
             self.norm = nnx.LayerNorm(8, rngs=rngs)
-            self.second = nnx.Linear(8, 3, rngs=rngs)
+            self.hidden = nnx.Linear(8, 12, rngs=rngs)
+            self.second = nnx.Linear(12, 3, rngs=rngs)
 
         def __call__(self, x):
-            return nnx.softmax(self.second(self.norm(self.first(x))))
+            hidden = nnx.relu(self.hidden(self.norm(self.first(x))))
+            return nnx.softmax(self.second(hidden))
 
     model, x = Normalized(nnx.Rngs(0)), normal(2, 6)
     zero(model.first.kernel, slice(None), slice(3))
-    assert jaxreg.compress(model, x).shapes == {}
+    zero(model.hidden.kernel, slice(None), slice(5))
+    zero(model.second.kernel, slice(None), slice(1))
+    small = jaxreg.compress(model, x)
+    same_outputs(small, model, x)
+    assert set(small.shapes) == {"hidden/kernel", "hidden/bias", "second/kernel"}
+    over_them = "a sum or maximum over them, as in layer normalization or softmax"
+    assert small.kept == {
+        "first/kernel": f"3 zero units: {over_them}",
+        "second/kernel": f"1 zero unit: {over_them}",
+    }
+    assert f"kept first/kernel: 3 zero units: {over_them}" in str(small)
 
 
 def test_the_columns_of_an_embedding_shrink_and_its_rows_stay():
@@ -276,6 +307,261 @@ def test_the_columns_of_an_embedding_shrink_and_its_rows_stay():
     tokens = jnp.array([[0, 3, 8]])
     small = jaxreg.compress(lambda p, t: p["table"][t] @ p["out"], params, tokens)
     assert small.shapes == {"out": ((6, 3), (4, 3)), "table": ((9, 6), (9, 4))}
+
+
+# Where the weights are ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda p, x: p["second"] @ jnp.tanh(p["first"] @ x + p["bias"][:, None]),
+        lambda p, x: jnp.einsum(
+            "oh,hb->ob", p["second"], jnp.tanh(jnp.einsum("hi,ib->hb", p["first"], x))
+        ),
+        lambda p, x: (jnp.tanh(x.T @ p["first"].T + p["bias"]) @ p["second"].T).T,
+    ],
+    ids=["matmul", "einsum", "transposed"],
+)
+def test_a_weight_on_the_left_of_a_product_shrinks_as_one_on_the_right(apply):
+    params = {
+        "first": normal(8, 5).at[:3].set(0),
+        "bias": normal(8).at[:3].set(0),
+        "second": normal(2, 8).at[:, 7].set(0),
+    }
+    x = normal(5, 4)
+    small = jaxreg.compress(apply, params, x)
+    assert small.shapes["first"] == ((8, 5), (4, 5))
+    assert small.shapes["second"] == ((2, 8), (2, 4))
+    same_function(small, apply, params, x)
+
+
+def test_a_constant_goes_into_the_bias_of_a_weight_on_the_left():
+    params = {
+        "first": normal(8, 5).at[:3].set(0),
+        "bias": normal(8),
+        "second": normal(2, 8),
+        "last": normal(2),
+    }
+
+    def apply(p, x):
+        hidden = jax.nn.relu(p["first"] @ x + p["bias"][:, None])
+        return p["second"] @ hidden + p["last"][:, None]
+
+    x = normal(5, 4)
+    small = jaxreg.compress(apply, params, x)
+    assert small.shapes["second"] == ((2, 8), (2, 5))
+    same_function(small, apply, params, x)
+
+
+def test_a_factor_of_a_weight_shrinks():
+    """The rank of a product of two weights, as of a low-rank update."""
+    params = {
+        "kernel": normal(6, 5),
+        "down": normal(6, 4).at[:, :2].set(0),
+        "up": normal(4, 5),
+        "out": normal(5, 2),
+    }
+
+    def apply(p, x):
+        return jnp.tanh(x @ (p["kernel"] + p["down"] @ p["up"])) @ p["out"]
+
+    small = jaxreg.compress(apply, params, normal(3, 6))
+    assert small.shapes == {"down": ((6, 4), (6, 2)), "up": ((4, 5), (2, 5))}
+    same_function(small, apply, params, normal(3, 6))
+
+
+def test_an_axis_of_a_constant_that_is_no_parameter_keeps_its_length():
+    scale = np.linspace(1, 2, 8, dtype=np.float32)
+    params = {
+        "first": normal(5, 8).at[:, :3].set(0),
+        "second": normal(8, 6).at[:, :2].set(0),
+        "third": normal(6, 2),
+    }
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["first"]) * scale @ p["second"]) @ p["third"]
+
+    small = jaxreg.compress(apply, params, normal(3, 5))
+    assert shapes_of(small) == {"first": (5, 8), "second": (8, 4), "third": (4, 2)}
+    assert small.kept == {"first": "3 zero units: a constant array, which is no parameter"}
+    same_function(small, apply, params, normal(3, 5))
+
+
+def test_masks_and_quantized_weights_shrink_and_numbers_of_python_stay():
+    quantized = jnp.asarray(RNG.integers(1, 127, (8, 2)), jnp.int8)
+    params = {
+        "first": normal(5, 8).at[:, :3].set(0),
+        "mask": jnp.arange(8) < 6,
+        "second": quantized,
+        "scale": 0.01,
+        "shift": np.float32(0.5),
+        "name": "mlp",
+    }
+
+    def apply(p, x):
+        hidden = jnp.tanh(x @ p["first"]) * p["mask"]
+        return hidden @ (p["second"] * jnp.float32(p["scale"])) + p["shift"]
+
+    small = jaxreg.compress(apply, params, normal(3, 5))
+    assert small.shapes["first"] == ((5, 8), (5, 3))
+    assert small.model["mask"].dtype == bool
+    assert small.model["mask"].shape == (3,)
+    assert (small.model["second"] == quantized[3:6]).all()
+    assert small.model["scale"] == 0.01
+    same_function(small, apply, params, normal(3, 5))
+
+
+def test_layers_know_their_new_numbers_of_features():
+    class Upsampling(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 6, rngs=rngs)
+            self.up = nnx.ConvTranspose(6, 5, (3,), padding="VALID", rngs=rngs)
+            self.flip = nnx.ConvTranspose(
+                5, 4, (3,), padding="VALID", transpose_kernel=True, rngs=rngs
+            )
+            self.mix = nnx.Einsum("btc,cd->btd", (4, 8), (8,), rngs=rngs)
+            self.lora = nnx.LoRALinear(8, 8, lora_rank=2, rngs=rngs)
+            self.out = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, tokens):
+            x = nnx.relu(self.up(self.embed(tokens)))
+            return self.out(nnx.relu(self.lora(self.mix(nnx.relu(self.flip(x))))))
+
+    model, tokens = Upsampling(nnx.Rngs(0)), jnp.array([[0, 3, 6, 2]])
+    zero(model.embed.embedding, slice(None), slice(2))
+    zero(model.up.kernel, ..., slice(1))
+    zero(model.flip.kernel, slice(None), slice(1))
+    zero(model.mix.kernel, slice(None), slice(3))
+    zero(model.lora.kernel, slice(None), slice(4))
+    small = jaxreg.compress(model, tokens)
+    chex.assert_trees_all_close(small.model(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+    smaller = small.model
+    assert smaller.embed.features == smaller.embed.embedding.shape[1] == 4
+    assert smaller.embed.num_embeddings == 7
+    assert (smaller.up.in_features, smaller.up.out_features) == (4, 4)
+    assert smaller.flip.kernel.shape == (3, 3, 4)
+    assert (smaller.flip.in_features, smaller.flip.out_features) == (4, 3)
+    assert smaller.mix.kernel_shape == smaller.mix.kernel.shape == (3, 5)
+    assert (smaller.lora.in_features, smaller.lora.out_features) == (5, 4)
+    assert smaller.lora.lora.in_features == 5
+
+
+# Constants that go into a bias --------------------------------------------------------------------
+
+
+def test_a_shared_layer_takes_a_constant_once():
+    """Siamese: both uses of the second layer add the same constant, and then it is its bias."""
+    params = {
+        "first": normal(5, 4).at[:, :2].set(0),
+        "b1": jnp.ones(4),
+        "second": normal(4, 3),
+        "b2": normal(3),
+    }
+
+    def encode(p, x):
+        return jax.nn.relu(x @ p["first"] + p["b1"]) @ p["second"] + p["b2"]
+
+    def siamese(p, x, y):
+        return encode(p, x) * encode(p, y)
+
+    x, y = normal(6, 5), normal(6, 5)
+    small = jaxreg.compress(siamese, params, x, y)
+    assert small.shapes["second"] == ((4, 3), (2, 3))
+    same_function(small, siamese, params, x, y)
+
+    def jointly(p, x, y):  # one bias for two uses of one kernel
+        first, second = (jax.nn.relu(z @ p["first"] + p["b1"]) for z in (x, y))
+        return first @ p["second"] + second @ p["second"] + p["b2"]
+
+    small = jaxreg.compress(jointly, params, x, y)
+    same_function(small, jointly, params, x, y)
+
+    def stacked(p, x, y):  # the bias is added to one use only
+        first, second = (jax.nn.relu(z @ p["first"] + p["b1"]) for z in (x, y))
+        return jnp.tanh(first @ p["second"] + p["b2"]) + second @ p["second"]
+
+    small = jaxreg.compress(stacked, params, x, y)
+    assert small.shapes == {}
+    assert small.kept == {"first": "2 zero units: no bias that could take their constant"}
+
+    def other(p, x, y):  # the uses read different constants
+        first = jax.nn.relu(x @ p["first"] + p["b1"])
+        second = jax.nn.relu(y @ p["first"] + 2 * p["b1"])
+        return (first @ p["second"] + p["b2"]) * (second @ p["second"] + p["b2"])
+
+    assert jaxreg.compress(other, params, x, y).shapes == {}
+
+
+def test_two_constant_axes_of_one_product_share_their_corner():
+    """Units in a grid of heads and positions: row 0 and column 0 are constant."""
+    kernel = normal(5, 3, 4).at[:, 0].set(0).at[:, :, 0].set(0)
+    params = {
+        "first": kernel,
+        "bias": jnp.ones((3, 4)),
+        "second": normal(3, 4, 2),
+        "last": normal(2),
+    }
+
+    def apply(p, x):
+        hidden = jax.nn.relu(jnp.einsum("bi,ihk->bhk", x, p["first"]) + p["bias"])
+        return jnp.einsum("bhk,hko->bo", hidden, p["second"]) + p["last"]
+
+    x = normal(6, 5)
+    small = jaxreg.compress(apply, params, x)
+    assert small.shapes["second"] == ((3, 4, 2), (2, 3, 2))
+    same_function(small, apply, params, x)
+
+
+def test_the_trunk_of_a_residual_network_shrinks_behind_a_global_mean():
+    class Trunk(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.norm0 = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+            self.conv = nnx.Conv(8, 8, (3, 3), use_bias=False, rngs=rngs)
+            self.norm1 = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+            self.head = nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.norm0(self.stem(x)))
+            x = nnx.relu(x + self.norm1(self.conv(x)))
+            return self.head(x.mean((1, 2)))
+
+    model, x = Trunk(nnx.Rngs(0)), normal(2, 6, 6, 3)
+    for layer in (model.stem, model.conv):
+        zero(layer.kernel, ..., slice(3))
+    zero(model.stem.bias, slice(3))
+    model.norm1.bias[...] = jnp.ones(8)  # what is left of them is constant behind the sum
+    small = jaxreg.compress(model, x)
+    same_outputs(small, model, x)
+    assert small.shapes["conv/kernel"] == ((3, 3, 8, 8), (3, 3, 5, 5))
+    assert small.shapes["head/kernel"] == ((8, 4), (5, 4))
+    model.norm0.bias[...] = jnp.ones(8)  # now padding makes what `conv` reads of them vary
+    small = jaxreg.compress(model, x)
+    assert small.shapes == {}
+    assert "padding" in small.kept["stem/kernel"]
+
+
+def test_windows_that_compute_anything_are_not_followed():
+    """A maximum keeps a constant; of another computation nothing is known."""
+    params = {
+        "first": normal(5, 6).at[:, :2].set(0),
+        "bias": jnp.ones(6),
+        "second": normal(6, 2),
+        "last": normal(2),
+    }
+
+    def apply(p, x):
+        hidden = jax.nn.relu(x @ p["first"] + p["bias"])
+        shape = (1, 2, 1)
+        pooled = jax.lax.reduce_window(
+            hidden, jnp.float32(0), lambda a, b: 2 * a + 3 * b, shape, shape, "VALID"
+        )
+        return pooled @ p["second"] + p["last"]
+
+    small = jaxreg.compress(apply, params, normal(3, 4, 5))
+    assert small.shapes == {}
+    assert "reduce_window" in small.kept["first"]
 
 
 # Linen -------------------------------------------------------------------------------------------
@@ -300,6 +586,32 @@ def test_a_linen_tree_shrinks_and_serves_a_model_of_the_new_widths():
         Network(11).apply(small.model, x), model.apply(params, x), rtol=1e-5, atol=1e-6
     )
     assert small.difference <= 1e-6
+
+
+def test_a_linen_model_shrinks_until_nothing_more_goes():
+    """Layer by layer, with zeros for what is gone, as Flax refuses the smaller shapes."""
+
+    class Deep(linen.Module):
+        widths: tuple[int, ...]
+
+        @linen.compact
+        def __call__(self, x):
+            for i, width in enumerate(self.widths):
+                x = jnp.tanh(linen.Dense(width, use_bias=False, name=f"layer{i}")(x))
+            return x
+
+    model, x = Deep((8, 4, 2)), normal(4, 6)
+    params = model.init(jax.random.key(0), x)
+    layers = params["params"]
+    layers["layer2"]["kernel"] = layers["layer2"]["kernel"].at[:3].set(0)
+    layers["layer1"]["kernel"] = layers["layer1"]["kernel"].at[:5, 3].set(0)
+    small = jaxreg.compress(model.apply, params, x)
+    assert small.shapes["params/layer0/kernel"] == ((6, 8), (6, 3))
+    chex.assert_trees_all_close(
+        Deep((3, 1, 2)).apply(small.model, x), model.apply(params, x), rtol=1e-5, atol=1e-6
+    )
+    assert "not measured: the module must be rebuilt with the new widths" in str(small)
+    assert "nan" not in str(small).lower()
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -340,3 +652,227 @@ def test_a_model_that_knows_its_own_width_is_refused_and_nothing_is_changed():
 def test_what_is_no_model_is_refused(model):
     with pytest.raises(ValueError, match="model: got .*; accepted: an NNX model and its inputs"):
         jaxreg.compress(model, jnp.ones(3))
+
+
+# What stays, and why -----------------------------------------------------------------------------
+
+
+def test_a_layer_that_can_not_shrink_stays_and_the_rest_goes_on():
+    """The model's own code has the width of `first`; the others go all the same."""
+    params = {
+        "first": normal(5, 8).at[:, :3].set(0),
+        "second": normal(8, 6).at[:, :2].set(0),
+        "third": normal(6, 7).at[:, 6].set(0),
+        "fourth": normal(7, 2),
+    }
+
+    def divides(p, x):
+        hidden = jnp.tanh(x @ p["first"])
+        hidden = jnp.tanh(hidden @ p["second"] / hidden.shape[-1])
+        return jnp.tanh(hidden @ p["third"]) @ p["fourth"]
+
+    def adds(p, x):
+        hidden = (jnp.tanh(x @ p["first"]) + jnp.zeros((1, 8))).reshape(-1, 8)
+        return jnp.tanh(jnp.tanh(hidden @ p["second"]) @ p["third"]) @ p["fourth"]
+
+    x = normal(3, 5)
+    for apply, why in (
+        (divides, "3 units: with fewer, the model gives outputs that"),
+        (adds, "3 units: with fewer, the model fails: "),
+    ):
+        small = jaxreg.compress(apply, params, x)
+        assert shapes_of(small) == {
+            "first": (5, 8),
+            "second": (8, 4),
+            "third": (4, 6),
+            "fourth": (6, 2),
+        }
+        assert set(small.kept) == {"first", "second"}
+        assert small.kept["first"].startswith(why)
+        same_function(small, apply, params, x)
+
+
+def test_outputs_are_compared_on_other_inputs_than_the_example_too():
+    """Zeros would hide that the units count."""
+    params = {"first": normal(5, 4).at[:, 0].set(0), "second": normal(4, 3)}
+
+    def counts(p, x):
+        hidden = x @ p["first"]
+        return hidden @ p["second"] / hidden.shape[-1] + 1
+
+    with pytest.raises(ValueError, match="gives outputs that differ"):
+        jaxreg.compress(counts, params, jnp.zeros((2, 5)))
+
+
+def test_rounding_is_that_of_the_coarsest_dtype():
+    """Computed in bfloat16, returned in float32."""
+    params = {
+        "first": normal(64, 64).at[:, :20].set(0),
+        "bias": jnp.ones(64),
+        "second": normal(64, 8),
+        "last": normal(8),
+    }
+
+    def apply(p, x):
+        p, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (p, x))
+        hidden = jnp.tanh(x @ p["first"] + p["bias"])
+        return (hidden @ p["second"] + p["last"]).astype(jnp.float32)
+
+    small = jaxreg.compress(apply, params, normal(16, 64))
+    assert small.shapes["first"] == ((64, 64), (64, 44))
+    assert 1e-5 < small.difference < 0.1
+
+
+def test_the_model_given_is_untouched():
+    model, x = ConvNet(nnx.Rngs(0)), normal(4, 8, 8, 1)
+    zero(model.conv1.kernel, ..., slice(8))
+    zero(model.dense1.kernel, slice(None), slice(50))
+    graphdef, before = nnx.split(model)
+    before = jax.tree.map(jnp.copy, before)
+    jaxreg.compress(model, x)
+    after_graphdef, after = nnx.split(model)
+    chex.assert_trees_all_equal(after, before)
+    assert after_graphdef == graphdef
+
+
+def test_outputs_of_any_dtype_and_infinities_are_compared():
+    params = {"first": normal(5, 6).at[:, :2].set(0), "second": normal(6, 3)}
+
+    def apply(p, x):
+        jax.debug.callback(lambda _: None, x)
+        logits = jnp.tanh(x @ p["first"]) @ p["second"]
+        masked = jnp.where(jnp.arange(3) == 1, -jnp.inf, logits)
+        return logits.argmax(-1), masked, jnp.full(2, jnp.nan), logits > 0
+
+    small = jaxreg.compress(apply, params, normal(3, 5))
+    assert small.shapes["first"] == ((5, 6), (5, 4))
+
+
+def test_dropout_in_training_is_named():
+    class Dropped(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(5, 6, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+            self.second = nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(self.drop(self.first(x)))
+
+    model, x = Dropped(nnx.Rngs(0)), normal(3, 5)
+    assert jaxreg.compress(model, x).shapes == {}
+    zero(model.first.kernel, slice(None), slice(2))
+    with pytest.raises(ValueError, match=r"2 zero units in first/kernel.* call model.eval\(\)"):
+        jaxreg.compress(model, x)
+    model.eval()
+    small = jaxreg.compress(model, x)
+    same_outputs(small, model, x)
+    assert small.shapes["second/kernel"] == ((6, 2), (4, 2))
+
+
+def test_the_statistics_of_a_batch_keep_their_units():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(5, 6, rngs=rngs)
+            self.norm = nnx.BatchNorm(6, rngs=rngs)
+            self.second = nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(nnx.relu(self.norm(self.first(x))))
+
+    model, x = Net(nnx.Rngs(0)), normal(8, 5)
+    zero(model.first.kernel, slice(None), slice(2))
+    small = jaxreg.compress(model, x)
+    assert small.shapes == {}
+    assert "the statistics of a batch" in small.kept["first/kernel"]
+    model.eval()
+    assert jaxreg.compress(model, x).shapes["first/kernel"] == ((5, 6), (5, 4))
+
+
+def test_the_values_of_attention_stay_as_long_as_its_keys():
+    model, x = Transformer(nnx.Rngs(0)), normal(2, 5, 6)
+    zero(model.attention.value.kernel, slice(None), slice(None), slice(3))
+    small = jaxreg.compress(model, x)
+    assert small.shapes == {}
+    why = "3 zero units: attention, whose values are as long as its keys"
+    assert small.kept == {"attention/value/kernel": why}
+
+
+def test_zero_units_that_are_no_whole_head_stay():
+    params = {"first": normal(5, 8).at[:, 1:3].set(0), "second": normal(8, 2)}
+
+    def apply(p, x):
+        heads = (x @ p["first"]).reshape(-1, 4, 2)
+        return jnp.tanh(heads).reshape(-1, 8) @ p["second"]
+
+    small = jaxreg.compress(apply, params, normal(3, 5))
+    assert small.shapes == {}
+    assert small.kept == {"first": "2 zero units: a reshape takes them apart, as into heads"}
+
+
+def test_groups_of_a_normalization_stay():
+    class Grouped(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+            self.norm = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+            self.out = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.norm(self.conv(x))))
+
+    model, x = Grouped(nnx.Rngs(0)), normal(2, 5, 5, 1)
+    zero(model.conv.kernel, ..., slice(3))
+    small = jaxreg.compress(model, x)
+    assert small.shapes == {}
+    assert "a sum or maximum over them" in small.kept["conv/kernel"]
+
+
+def test_what_nothing_reads_is_fixed_silently_by_a_scan():
+    """Only zero units that pass through it are refused."""
+
+    def recurrent(p, x):
+        def step(h, xt):
+            return jnp.tanh(xt @ p["inner"] + h @ p["state"]), None
+
+        hidden = jax.lax.scan(step, jnp.zeros((2, 8)), x)[0] @ p["out"]
+        return jnp.tanh(hidden) @ p["last"]
+
+    params = {
+        "inner": normal(6, 8).at[:2].set(0),
+        "state": normal(8, 8),
+        "out": normal(8, 4).at[:3].set(0).at[:, 0].set(0),
+        "last": normal(4, 2),
+    }
+    x = normal(5, 2, 6)
+    small = jaxreg.compress(recurrent, params, x)
+    assert small.shapes == {"last": ((4, 2), (3, 2)), "out": ((8, 4), (8, 3))}
+    assert small.kept["out"] == "3 zero units: the operation scan is not followed"
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), "small"])
+def test_a_tolerance_is_a_number_that_is_not_negative(tolerance):
+    with pytest.raises(ArgumentError, match="tolerance: got "):
+        jaxreg.compress(lambda p, x: x @ p, normal(3, 2), normal(4, 3), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 1.5])
+def test_rounds_are_a_positive_whole_number(rounds):
+    with pytest.raises(ArgumentError, match="rounds: got "):
+        jaxreg.compress(lambda p, x: x @ p, normal(3, 2), normal(4, 3), rounds=rounds)
+
+
+def test_a_module_of_linen_is_named():
+    with pytest.raises(
+        ArgumentError, match=r"model: got a Linen module; .*module.apply, variables"
+    ):
+        jaxreg.compress(linen.Dense(3), normal(4, 2))
+
+
+def test_inside_of_a_trace_nothing_can_be_read():
+    def call(p, x):
+        jaxreg.compress(lambda p, x: x @ p, p, x)
+
+    with pytest.raises(ArgumentError, match="model: got a traced array"):
+        jax.jit(call)(normal(3, 2), normal(4, 3))

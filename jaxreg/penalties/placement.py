@@ -25,8 +25,11 @@ class Place(NamedTuple):
 
 def as_penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
     """One penalty or a sequence of them as a tuple."""
-    several = isinstance(penalty, Sequence) and not isinstance(penalty, str)
-    parts: tuple[Any, ...] = tuple(penalty) if several else (penalty,)
+    # A string is a sequence too, and would be taken apart.
+    if isinstance(penalty, str) or not isinstance(penalty, Sequence):
+        parts: tuple[Any, ...] = (penalty,)
+    else:
+        parts = tuple(penalty)
     for part in parts:
         if not isinstance(part, Penalty):
             raise _check.ArgumentError(

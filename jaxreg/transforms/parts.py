@@ -21,8 +21,11 @@ def as_parts(penalty: Parts) -> tuple[Part, ...]:
     Raises:
         ValueError: where one is nothing that makes a penalty.
     """
-    several = isinstance(penalty, Sequence) and not isinstance(penalty, str)
-    parts: tuple[Any, ...] = tuple(penalty) if several else (penalty,)
+    # A string is a sequence too, and would be taken apart.
+    if isinstance(penalty, str) or not isinstance(penalty, Sequence):
+        parts: tuple[Any, ...] = (penalty,)
+    else:
+        parts = tuple(penalty)
     for part in parts:
         if not isinstance(part, (Penalty, SparsityTarget)) and not callable(part):
             accepted = (

@@ -6,24 +6,12 @@ length: the outputs of a layer and the inputs of the next, both sides of a sum.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from jaxreg.compression.flat import Flat, Op
 
 Axis = tuple[int, ...]
 
-_CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat2",
-    "checkpoint",
-)
 ELEMENTWISE = {
     *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
     *("cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div"),
@@ -31,27 +19,18 @@ ELEMENTWISE = {
     *("is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg"),
     *("nextafter", "not", "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt"),
     *("select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh"),
-    "xor",
+    *("xor", "shift_left", "shift_right_arithmetic", "shift_right_logical"),
 }
+# Each of them only gives an array another shape, or its numbers another dtype.
+RESHAPES = (
+    *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
+    *("convert_element_type", "copy", "stop_gradient"),
+)
 WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window")
 _SUMS = (
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
     *("argmax", "argmin"),
 )
-
-
-@dataclass
-class Op:
-    """One operation of the flattened program; arrays are numbered."""
-
-    primitive: Any
-    params: dict[str, Any]
-    inputs: list[int]
-    outputs: list[int]
-
-    @property
-    def name(self) -> str:
-        return self.primitive.name
 
 
 class Atoms:
@@ -103,87 +82,53 @@ class Atoms:
         found: dict[int, tuple[str, bool]] = {}
         for axis, why, followed in self._fixed:
             for atom in self.expand(axis):
-                if atom not in found or not followed:
+                if atom not in found or (found[atom][1] and not followed):
                     found[atom] = why, followed
         return found
 
 
-class Program:
-    """A traced function of a list of leaves and of inputs, with the axes of all its arrays."""
+class Program(Flat):
+    """A traced function (see `jaxreg.compression.flat.Flat`) with the axes of all its arrays.
+
+    Attributes:
+        atoms: the atoms of all axes.
+        axes: of each array.
+    """
 
     def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], inputs: Any):
-        closed = jax.make_jaxpr(lambda leaves, inputs: function(leaves, *inputs))(
-            list(leaves), inputs
-        )
+        super().__init__(function, leaves, inputs)
         self.atoms = Atoms()
-        self.ops: list[Op] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self.dtypes: list[Any] = []
-        self.concrete: dict[int, np.ndarray] = {}
-        self.leaf_of: dict[int, int] = {}
-        numbers = [self._number(v.aval) for v in closed.jaxpr.invars]
-        for i, leaf in enumerate(leaves):
-            self.concrete[numbers[i]] = np.asarray(leaf)
-            self.leaf_of[numbers[i]] = i
-        outputs = self._flatten(closed.jaxpr, closed.consts, numbers)
         self.axes: dict[int, list[Axis]] = {}
-        made = {number for op in self.ops for number in op.outputs}
-        for number in set(range(len(self._shapes))) - made:
+        for number in self.leaves:
             self._fresh(number)
-        self.leaves = numbers[: len(leaves)]
-        for number in numbers[len(leaves) :]:
-            self._fix(number, "the inputs")
+        for numbers, why in (
+            (self.inputs, "the inputs"),
+            (self.constants, "a constant array, which is no parameter"),
+        ):
+            for number in numbers:
+                self._fresh(number)
+                self._fix(number, why)
         for op in self.ops:
             self._follow_axes(op)
-        for number in outputs:
+        for number in self.outputs:
             self._fix(number, "the outputs")
-        self.outputs = set(outputs)
+
+    def hold(self, leaf: int, axis: int, why: str) -> None:
+        """Fixes an axis of a leaf."""
+        self.atoms.fix(self.axes[self.leaves[leaf]][axis], why)
 
     def in_atoms(self, number: int) -> list[int]:
         """The atoms of an array, over all its axes."""
         return [a for axis in self.axes[number] for a in self.atoms.expand(axis)]
 
-    # Flattening: calls are inlined, so that each array has one number. ---------------------------
-
-    def _number(self, array: Any) -> int:
-        self._shapes.append(tuple(array.shape))
-        self.dtypes.append(array.dtype)
-        return len(self._shapes) - 1
-
-    def _flatten(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
-        env: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-        def constant(value: Any) -> int:
-            # Random keys have no numbers that could be read.
-            opaque = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.extended)
-            array = value if opaque else np.asarray(value)
-            number = self._number(array)
-            if not opaque:
-                self.concrete[number] = array
-            return number
-
-        env |= {v: constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
-
-        def read(atom: Any) -> int:
-            return constant(atom.val) if hasattr(atom, "val") else env[atom]
-
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name in _CALLS and inner is not None:
-                body, own = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-                results = self._flatten(body, own, operands)
-            else:
-                results = [self._number(v.aval) for v in eqn.outvars]
-                self.ops.append(Op(eqn.primitive, eqn.params, operands, results))
-            env |= dict(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    # Axes ----------------------------------------------------------------------------------------
+    def owners(self, number: int) -> list[int]:
+        """For each of its atoms, the axis of the array that it is part of."""
+        axes = self.axes[number]
+        return [i for i, axis in enumerate(axes) for _ in self.atoms.expand(axis)]
 
     def _fresh(self, number: int) -> None:
         if number not in self.axes:
-            self.axes[number] = [self.atoms.new(n) for n in self._shapes[number]]
+            self.axes[number] = [self.atoms.new(n) for n in self.shapes[number]]
 
     def _fix(self, number: int, why: str, *, followed: bool = True) -> None:
         for axis in self.axes[number]:
@@ -192,8 +137,8 @@ class Program:
     def _follow_axes(self, op: Op) -> None:
         ins = [self.axes[i] for i in op.inputs]
         out, p = op.outputs[0], op.params
-        if op.name in ELEMENTWISE:
-            self.axes[out] = self._aligned(ins, self._shapes[out])
+        if op.name in ELEMENTWISE or self._is_bitcast(op):
+            self.axes[out] = self._aligned(ins, self.shapes[out])
         elif op.name == "dot_general":
             (left, right), (left_batch, right_batch) = p["dimension_numbers"]
             for a, b in [
@@ -213,24 +158,27 @@ class Program:
             self.atoms.unify(joined(ins[0]), joined(self.axes[out]))
         elif op.name in ("squeeze", "expand_dims"):
             self._fresh(out)
-            self.axes[out] = _with_ones(ins[0], self._shapes[op.inputs[0]], self._shapes[out])
+            self.axes[out] = _with_ones(ins[0], self.shapes[op.inputs[0]], self.shapes[out])
         elif op.name == "broadcast_in_dim":
             self._fresh(out)
             for i, target in enumerate(p["broadcast_dimensions"]):
-                if self._shapes[op.inputs[0]][i] == p["shape"][target]:
+                if self.shapes[op.inputs[0]][i] == p["shape"][target]:
                     self.axes[out][target] = ins[0][i]
         elif op.name in _SUMS:
             gone = p["axes"]
             for i in gone:
-                self.atoms.fix(ins[0][i], "a sum or mean over them, as in layer normalization")
+                self.atoms.fix(
+                    ins[0][i], "a sum or maximum over them, as in layer normalization or softmax"
+                )
             self.axes[out] = [axis for i, axis in enumerate(ins[0]) if i not in gone]
-        elif op.name in WINDOWS:
+        elif op.name in WINDOWS and len(op.outputs) == 1:
             self._fresh(out)
             for i, width in enumerate(p["window_dimensions"]):
-                if width == 1 and self._shapes[out][i] == self._shapes[op.inputs[0]][i]:
+                if width == 1 and self.shapes[out][i] == self.shapes[op.inputs[0]][i]:
                     self.axes[out][i] = ins[0][i]
                 else:
-                    self.atoms.fix(ins[0][i], "a window that slides over them")
+                    for axis in (ins[0][i], self.axes[out][i]):
+                        self.atoms.fix(axis, "a window that slides over them")
         elif op.name in ("concatenate", "pad", "slice", "rev", "cumsum", "cumprod", "cummax"):
             self._follow_positions(op)
         elif op.name == "split":
@@ -248,6 +196,9 @@ class Program:
             self.atoms.fix(ins[0][0], "the rows that a lookup takes")
             for target, axis in zip(offsets, ins[0][1:], strict=True):
                 self.axes[out][target] = axis
+        elif op.name == "iota":
+            self._fresh(out)
+            self.atoms.fix(self.axes[out][p["dimension"]], "the operation iota, which numbers them")
         else:
             for number in (*op.inputs, *op.outputs):
                 self._fresh(number)
@@ -273,7 +224,7 @@ class Program:
         axes[numbers.out_spec[0]] = left[numbers.lhs_spec[0]]
         axes[numbers.out_spec[1]] = right[numbers.rhs_spec[0]]
         features, kernels = left[numbers.lhs_spec[1]], right[numbers.rhs_spec[0]]
-        if groups == 1:
+        if groups == p["batch_group_count"] == 1:
             self.atoms.unify(features, right[numbers.rhs_spec[1]])
         else:
             for axis in (features, kernels):
@@ -291,10 +242,10 @@ class Program:
         self._fresh(out)
         axes = [self.axes[i] for i in first]
         moved = [
-            {self._shapes[i][k] for i in (*first, out)} != {self._shapes[out][k]}
+            {self.shapes[i][k] for i in (*first, out)} != {self.shapes[out][k]}
             or k in (op.params.get("dimension"), op.params.get("axis"))
             or k in op.params.get("dimensions", ())
-            for k in range(len(self._shapes[out]))
+            for k in range(len(self.shapes[out]))
         ]
         for k, positional in enumerate(moved):
             given = [own[k] for own in axes]
@@ -306,10 +257,15 @@ class Program:
                 for other in given[1:]:
                     self.atoms.unify(given[0], other)
 
+    def _is_bitcast(self, op: Op) -> bool:
+        """Whether it reads the bits of each number as another number."""
+        same = self.shapes[op.outputs[0]] == self.shapes[op.inputs[0]] if op.inputs else False
+        return op.name == "bitcast_convert_type" and same
+
     def _takes_rows(self, op: Op) -> bool:
         numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
         rows = numbers.start_index_map == (0,) and numbers.collapsed_slice_dims == (0,)
-        return rows and tuple(sizes[1:]) == self._shapes[op.inputs[0]][1:] and sizes[0] == 1
+        return rows and tuple(sizes[1:]) == self.shapes[op.inputs[0]][1:] and sizes[0] == 1
 
 
 def joined(axes: Any) -> Axis:
