@@ -7,11 +7,14 @@ if TYPE_CHECKING:
     from jaxreg import groups as groups
     from jaxreg import where as where
     from jaxreg._check import ArgumentError as ArgumentError
-    from jaxreg._tree import global_norm as global_norm
     from jaxreg.compression import Compressed as Compressed
     from jaxreg.compression import compress as compress
+    from jaxreg.diagnostics import metrics as metrics
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
+    from jaxreg.norms import global_norm as global_norm
+    from jaxreg.norms import leaf_norms as leaf_norms
+    from jaxreg.norms import rms as rms
     from jaxreg.optimality import certificate as certificate
     from jaxreg.optimizers import prox_adagrad as prox_adagrad
     from jaxreg.optimizers import prox_adam as prox_adam
@@ -60,24 +63,49 @@ if TYPE_CHECKING:
     from jaxreg.penalties import TotalVariation as TotalVariation
     from jaxreg.penalties import TotalVariation2D as TotalVariation2D
     from jaxreg.penalties import UnitNorm as UnitNorm
+    from jaxreg.transforms import adagc as adagc
+    from jaxreg.transforms import adaptive_clip as adaptive_clip
+    from jaxreg.transforms import autoclip as autoclip
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
+    from jaxreg.transforms import clip_by_group_norm as clip_by_group_norm
+    from jaxreg.transforms import clip_by_leaf_norm as clip_by_leaf_norm
+    from jaxreg.transforms import clip_by_value as clip_by_value
+    from jaxreg.transforms import clip_update_rms as clip_update_rms
     from jaxreg.transforms import l2_decay as l2_decay
     from jaxreg.transforms import magnitude_pruning as magnitude_pruning
     from jaxreg.transforms import metric as metric
     from jaxreg.transforms import n_m_pruning as n_m_pruning
+    from jaxreg.transforms import per_example_clip as per_example_clip
     from jaxreg.transforms import proximal as proximal
     from jaxreg.transforms import ramda as ramda
     from jaxreg.transforms import rda as rda
     from jaxreg.transforms import reapply as reapply
     from jaxreg.transforms import rmda as rmda
+    from jaxreg.transforms import skip_step as skip_step
     from jaxreg.transforms import sparsity_target as sparsity_target
+    from jaxreg.transforms import spike_aware_clip as spike_aware_clip
     from jaxreg.transforms import weight_decay as weight_decay
+    from jaxreg.transforms import zclip as zclip
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Modules are loaded when a name is first used (PEP 562), so that
 # `import jaxreg` costs next to nothing and needs no optional dependency.
 _HOMES = {
+    "metrics": "jaxreg.diagnostics",
+    "per_example_clip": "jaxreg.transforms",
+    "skip_step": "jaxreg.transforms",
+    "spike_aware_clip": "jaxreg.transforms",
+    "clip_update_rms": "jaxreg.transforms",
+    "adagc": "jaxreg.transforms",
+    "zclip": "jaxreg.transforms",
+    "autoclip": "jaxreg.transforms",
+    "adaptive_clip": "jaxreg.transforms",
+    "clip_by_value": "jaxreg.transforms",
+    "clip_by_leaf_norm": "jaxreg.transforms",
+    "clip_by_group_norm": "jaxreg.transforms",
+    "rms": "jaxreg.norms",
+    "leaf_norms": "jaxreg.norms",
     "ArgumentError": "jaxreg._check",
     "L0": "jaxreg.penalties",
     "L1": "jaxreg.penalties",
@@ -125,7 +153,7 @@ _HOMES = {
     "TotalVariation2D": "jaxreg.penalties",
     "clip_by_global_norm": "jaxreg.transforms",
     "dropout": "jaxreg.noise",
-    "global_norm": "jaxreg._tree",
+    "global_norm": "jaxreg.norms",
     "groups": "jaxreg.groups",
     "l2_decay": "jaxreg.transforms",
     "magnitude_pruning": "jaxreg.transforms",

@@ -6,7 +6,8 @@ where they are concrete; a traced value passes, because looking at it would stop
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -32,6 +33,16 @@ class ArgumentError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.name}: got {self.given}; accepted: {self.accepted}."
+
+
+@contextmanager
+def on_leaf(path: str) -> Iterator[None]:
+    """Adds a leaf's path to what an error says was given."""
+    try:
+        yield
+    except ArgumentError as error:
+        given = f"{error.given} on {path}" if path else error.given
+        raise ArgumentError(error.name, given, error.accepted) from None
 
 
 def is_host(value: Any) -> bool:

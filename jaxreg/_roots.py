@@ -1,5 +1,7 @@
 """Roots that are fast on every device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ def above_cube_root(z: jax.Array) -> jax.Array:
     return (z / jnp.square(rough) + 2 * rough) / 3
 
 
+@jax.custom_jvp
 def cube_root(z: jax.Array) -> jax.Array:
     """The cube root of z >= 0 to rounding, with derivative 0 at 0.
 
@@ -35,3 +38,11 @@ def cube_root(z: jax.Array) -> jax.Array:
         cube = root * (root * (root / 4))
         root = root * ((cube + 2 * quarter) / (2 * cube + quarter))
     return jnp.where(positive, root, 0)
+
+
+@cube_root.defjvp
+def _cube_root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (z,), (dz,) = primals, tangents
+    root = cube_root(z)
+    positive = root > 0
+    return root, jnp.where(positive, root / (3 * jnp.where(positive, z, 1)), 0) * dz

@@ -108,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         action="extend",
         metavar="NAME",
-        help="some of none, l2, weight_decay, l1_prox, elastic_net, dropout, label_smoothing, "
-        "clip, early_stop, cocktail (default: all that suit the task)",
+        help="some of none, l2, weight_decay, l1_prox, elastic_net, group_lasso, nuclear, "
+        "sparsity_target, pruning, n_m, dropout, label_smoothing, clip, early_stop, cocktail "
+        "(default: all that suit the task)",
     )
     add(
         "--strength",

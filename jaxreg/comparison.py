@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -205,29 +205,11 @@ def calibration_error(outputs: np.ndarray, targets: np.ndarray, variance: float 
     return float(np.abs(inside - levels).mean())
 
 
-def structure_notes(results: Mapping[str, Any]) -> list[str]:
-    """What the structure of the weights came to: targets of zeros that were missed, low ranks.
-
-    Args:
-        results: as `Comparison.results` gives them.
-    """
-    said = []
-    for recipe in results["recipes"]:
-        name, target = recipe["name"], recipe["target_zeros"]
-        zeros, ranks = ([seed[key] for seed in recipe["seeds"]] for key in ("zeros", "rank"))
-        if None in (*zeros, *ranks):
-            continue  # diverged
-        share, rank = float(np.mean(zeros)), float(np.mean(ranks))
-        if target is not None and abs(share - target) > 0.01:
-            said.append(f"{name} missed its target of {target:.0%} zeros: it has {share:.1%}.")
-        if rank < 0.95:
-            said.append(f"Kernels of {name} have {rank:.0%} of the rank they could have.")
-    return said
-
-
 def _rank(kernel: np.ndarray) -> float:
     """The rank of a kernel, as a matrix whose columns are units, over the largest it could be."""
     matrix = kernel.reshape(-1, kernel.shape[-1])
+    if not np.isfinite(matrix).all():
+        return float("nan")
     return float(np.linalg.matrix_rank(matrix) / min(matrix.shape))
 
 

@@ -76,8 +76,8 @@ class Grouping(abc.ABC):
 
 def _root(squares: jax.Array) -> jax.Array:
     """The square root, with derivative 0 at 0."""
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    zero = squares == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
 class Groups(abc.ABC):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
+from jaxreg.norms import global_norm
 from jaxreg.penalties.base import Penalty
 from jaxreg.penalties.placement import as_penalties, places
 
@@ -77,5 +78,5 @@ def certificate(
     selector = _where.everything if where is None else _where.as_selector(where)
     counted = jax.tree.leaves(selector.mask(params))
     kept = [error if yes else None for error, yes in zip(errors, counted, strict=True)]
-    norms = [None if error is None else _tree.global_norm(error) for error in kept]
-    return Certificate(_tree.global_norm(kept), jax.tree.unflatten(treedef, norms))
+    norms = [None if error is None else global_norm(error) for error in kept]
+    return Certificate(global_norm(kept), jax.tree.unflatten(treedef, norms))

@@ -34,7 +34,7 @@ from rich.text import Text
 from scipy.special import stdtrit  # scipy comes with jax
 
 from jaxreg import plot
-from jaxreg.comparison import structure_notes
+from jaxreg._notes import structure_notes
 from jaxreg.plot import Spread, spread
 
 Results = Mapping[str, Any]

@@ -22,7 +22,10 @@ OTHER_NAMES = {
     "compress",
     "global_norm",
     "groups",
+    "leaf_norms",
     "metric",
+    "metrics",
+    "rms",
     "where",
 }
 
@@ -78,6 +81,8 @@ class TransformCase(Case):
     """An optax transformation; ``make(strength)`` builds it."""
 
     make: Callable[[Any], optax.GradientTransformation] = dataclasses.field(kw_only=True)
+    # Whether what it does to one leaf depends on the others.
+    joins_leaves: bool = dataclasses.field(kw_only=True, default=False)
 
 
 def _penalty(
@@ -463,7 +468,39 @@ CASES: list[Case] = [
         **FIXED_SHAPE,
     ),
     # Transformations
-    _transform("clip_by_global_norm", jaxreg.clip_by_global_norm),
+    _transform("clip_by_global_norm", jaxreg.clip_by_global_norm, joins_leaves=True),
+    _transform("clip_by_leaf_norm", jaxreg.clip_by_leaf_norm),
+    _transform(
+        "clip_by_group_norm", lambda s: jaxreg.clip_by_group_norm({"**": s}), joins_leaves=True
+    ),
+    _transform("clip_by_value", jaxreg.clip_by_value),
+    _transform("adaptive_clip", jaxreg.adaptive_clip),
+    # Their limits are those of earlier steps: in the first one no strength shows.
+    _transform(
+        "autoclip", jaxreg.autoclip, whole_strength=50, has_strength=False, joins_leaves=True
+    ),
+    _transform(
+        "zclip", lambda s: jaxreg.zclip(s, warm_up=1), has_strength=False, joins_leaves=True
+    ),
+    _transform(
+        "adagc",
+        lambda s: jaxreg.adagc(1 + s, warm_up=1, max_norm=10.0),
+        has_strength=False,
+        joins_leaves=True,
+    ),
+    _transform("clip_update_rms", jaxreg.clip_update_rms),
+    _transform(
+        "spike_aware_clip",
+        lambda s: jaxreg.spike_aware_clip(optax.scale_by_rss(0.01), s),
+        holds_optax=True,
+    ),
+    _transform(
+        "skip_step",
+        lambda s: jaxreg.skip_step(optax.trace(0.9), s, window=4),
+        has_strength=False,
+        joins_leaves=True,
+        holds_optax=True,
+    ),
     _transform("l2_decay", jaxreg.l2_decay),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1)),
     _transform(
@@ -493,6 +530,7 @@ CASES: list[Case] = [
         lambda s: jaxreg.regularize(
             optax.scale_by_adam(), 0.1, clip=1.0, l2=s, decay=s, penalty=jaxreg.L1(s)
         ),
+        joins_leaves=True,
         holds_optax=True,
     ),
     _transform("rda", lambda s: jaxreg.rda(0.1, jaxreg.L1(s))),
@@ -500,6 +538,10 @@ CASES: list[Case] = [
     _transform("ramda", lambda s: jaxreg.ramda(0.1, jaxreg.L1(s), momentum=0.5)),
     _transform("magnitude_pruning", jaxreg.magnitude_pruning, whole_strength=0),
     _transform("n_m_pruning", lambda s: jaxreg.n_m_pruning(1, 2, axis=0), has_strength=False),
+    Case(
+        "per_example_clip",
+        lambda s, x: jaxreg.per_example_clip(lambda w, y: jnp.sum((w - y) ** 2), s)(x[0], x[1:])[0],
+    ),
     # Averages
     Case("reapply", lambda s, x: jaxreg.reapply(jaxreg.L1(s), x)),
     # Losses and noise

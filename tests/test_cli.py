@@ -25,7 +25,7 @@ RECIPES = (
 )
 SMALL = ["compare", "--model", "linear", "--seeds", "2", "--epochs", "2", "--train-size", "60"]
 OWN = ["compare", "--data", "good.csv", "--target", "label", *SMALL[1:-2]]
-FIGURES = ("train_score", "test_score", "gap", "test_nll", "calibration_error", "zeros")
+FIGURES = ("train_score", "test_score", "gap", "test_nll", "calibration_error", "zeros", "rank")
 EARLIER = {"schema": "jaxreg.compare/1", "note": "an earlier report"}
 
 
@@ -96,8 +96,10 @@ def instant(monkeypatch):
             "name": recipe.name,
             "description": recipe.description,
             "settings": recipe.regularizers(strength).describe(),
+            "target_zeros": recipe.regularizers(strength).target_zeros,
             "seeds": [
-                {"seed": i, **dict.fromkeys(FIGURES, 0.5), "best_epoch": 1} for i in range(seeds)
+                {"seed": i, **dict.fromkeys(FIGURES, 0.5), "rank": 1.0, "best_epoch": 1}
+                for i in range(seeds)
             ],
             "curves": {
                 "epoch": [*range(1, epochs + 1)],
@@ -247,6 +249,13 @@ def test_an_earlier_report_that_cannot_get_a_new_name_is_left_alone(run, place, 
     assert ended.status == 2
     assert ended.err.startswith("jaxreg: error: --out: got '.', which holds an earlier report and")
     assert tree(place) == before
+
+
+def test_help_names_every_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    words = {word.strip(",()") for word in capsys.readouterr().out.split()}
+    assert set(RECIPES.split(", ")) <= words
 
 
 def test_help_and_errors_in_options_or_data_do_not_wait_for_jax(place):

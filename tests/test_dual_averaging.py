@@ -136,7 +136,11 @@ def test_what_needs_one_step_for_all_is_for_rda_and_rmda():
 def test_cube_roots_of_the_whole_range():
     z = np.array([0.0, 5e-38, 1e-20, 0.3, 1.0, 8.0, 3.4e38], np.float32)
     np.testing.assert_allclose(cube_root(jnp.asarray(z)), np.cbrt(z), rtol=3e-7)
-    assert np.isfinite(cube_root(jnp.array(jnp.inf)))
+    largest = np.cbrt(np.finfo(np.float32).max)
+    assert float(cube_root(jnp.array(jnp.inf))) == pytest.approx(float(largest), rel=1e-6)
+    for z in (1e-20, 1e25):
+        slope = float(jax.grad(cube_root)(jnp.float32(z)))
+        assert slope == pytest.approx(z ** (-2 / 3) / 3, rel=1e-5)
     assert float(jax.grad(cube_root)(jnp.zeros(()))) == 0
 
 

@@ -1,5 +1,6 @@
 """Penalties: construction, selectors, and what peers get wrong."""
 
+import dataclasses
 import itertools
 import pickle
 import re
@@ -417,6 +418,42 @@ def test_norms_whose_squares_overflow_or_underflow():
     small = jaxreg.GroupLasso(1.0, groups=groups.whole, weights=1.0)
     distance = small.subdiff_distance(jnp.full(4, 1e-23), jnp.zeros(4))
     np.testing.assert_allclose(distance, np.full(4, 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-14, 1e-5, 1e5, 1e13, 1e20, 1e36])
+def test_group_norms_in_a_diagonal_metric_in_the_whole_range(scale):
+    x, step = jnp.array([1.0, 2.0, -3.0]), jnp.array([1.0, 2.0, 3.0])
+    lasso = jaxreg.GroupLasso(0.3, groups=groups.whole, weights=1.0)
+    scaled = jax.jit(lasso.prox)(scale * x, scale * step) / scale
+    np.testing.assert_allclose(scaled, lasso.prox(x, step), rtol=1e-5)
+    for ball in (jaxreg.L2Ball(scale / 4), jaxreg.MaxNorm(scale / 4, groups=groups.whole)):
+        unit = dataclasses.replace(ball, radius=0.25)
+        np.testing.assert_allclose(
+            jax.jit(ball.prox)(scale * x, step) / scale, unit.prox(x, step), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e13, 1e20, 1e36])
+def test_a_ball_far_from_the_point_in_a_diagonal_metric(scale):
+    """Far out the projection is in proportion to x / step."""
+    step = jnp.array([1.0, 2.0, 4.0])
+    found = jax.jit(jaxreg.L2Ball(1.0).prox)(scale * step, step)
+    np.testing.assert_allclose(found, np.full(3, 3**-0.5), rtol=2e-5)
+
+
+def test_a_zero_coordinate_of_a_group_has_the_derivative_of_the_others():
+    lasso = jaxreg.GroupLasso(0.3, groups=groups.whole, weights=1.0)
+    x = jnp.array([0.0, 1.0, 2.0])
+    chex.assert_trees_all_close(
+        jax.jacobian(lasso.prox)(x, jnp.ones(3)), jax.jacobian(lasso.prox)(x, 1.0), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("step", [1.0, np.array([1.0, 2.0, 3.0])], ids=["scalar", "elementwise"])
+def test_what_is_not_finite_does_not_become_zero_in_a_group(bad, step):
+    lasso = jaxreg.GroupLasso(0.3, groups=groups.whole, weights=1.0)
+    assert np.isnan(lasso.prox(jnp.array([bad, 1.0, 2.0]), step)).any()
 
 
 def test_separable_proxes_in_the_whole_range():

@@ -257,6 +257,12 @@ def test_l2_before_the_clip_is_weaker_by_its_coefficient_and_the_penalty_is_not(
         (lambda: jaxreg.prox_adam(-0.1, jaxreg.L1(0.1)), "learning_rate: got -0.1"),
         (lambda: jaxreg.prox_adam(0.1, 0.1), "penalty: got 0.1; accepted: a jaxreg penalty"),
         (lambda: jaxreg.prox_adam(0.1, [jaxreg.L1(0.1), None]), "penalty: got None"),
+        (
+            lambda: jaxreg.proximal(
+                optax.identity(), 0.1, jaxreg.L1(0.1), metric=jaxreg.metric.sgd
+            ),
+            r"metric: got the function jaxreg.metric.sgd; accepted: .* jaxreg.metric.sgd\(\)",
+        ),
         (lambda: jaxreg.prox_adam(0.1, "l1"), "penalty: got 'l1'; accepted: a jaxreg penalty"),
         (lambda: jaxreg.prox_adam(0.1, jaxreg.L1(0.1), b1=1.0), "b1: got 1.0"),
         (lambda: jaxreg.prox_sgd(0.1, jaxreg.L1(0.1), momentum=1.5), "momentum: got 1.5"),

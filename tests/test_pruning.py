@@ -349,14 +349,23 @@ def test_reapply_brings_back_zeros_and_constraints_after_an_average():
         (lambda: jaxreg.magnitude_pruning(0.5, scope="gobal"), "scope: got 'gobal'.*'global'"),
         (lambda: jaxreg.magnitude_pruning(0.5, every=0), "every: got 0"),
         (lambda: jaxreg.n_m_pruning(5, 4), "n: got 5; accepted: a whole number <= m = 4"),
-        (lambda: jaxreg.n_m_pruning(2, 3).init(PARAMS), "m: got 3; accepted: a divisor of 100"),
+        (
+            lambda: jaxreg.n_m_pruning(2, 3).init(PARAMS),
+            "m: got 3 on large/kernel; accepted: a divisor of 100",
+        ),
+        (
+            lambda: jaxreg.prox_sgd(
+                0.1, [jaxreg.sparsity_target(jaxreg.L1(0.1), t) for t in (0.5, 0.8)]
+            ).init(PARAMS),
+            "penalty: got two sparsity_targets on large/kernel",
+        ),
         (lambda: jaxreg.sparsity_target(jaxreg.L1(0.1), 1.0), "target: got 1.0"),
         (lambda: jaxreg.sparsity_target(jaxreg.L1(0.1), -0.1), "target: got -0.1"),
         (lambda: jaxreg.sparsity_target(jaxreg.L1(0.1), 0.5, rate=0), "rate: got 0"),
         (lambda: jaxreg.sparsity_target(jaxreg.L2(0.1), 0.5), r"penalty: got L2\(0.1\)"),
         (lambda: jaxreg.sparsity_target(jaxreg.TopK(3), 0.5), r"penalty: got TopK\(3\)"),
         (lambda: jaxreg.sparsity_target(jaxreg.L1(0), 0.5), r"penalty: got L1\(0.0\).* is not 0"),
-        (lambda: jaxreg.sparsity_target(jaxreg.ElasticNet(0, 0.0), 0.5), "strength is not 0"),
+        (lambda: jaxreg.sparsity_target(jaxreg.ElasticNet(0, 0.1), 0.5), "strength is not 0"),
         (lambda: jaxreg.sparsity_target(jaxreg.MCP(0.0), 0.5), "strength is not 0"),
         (lambda: jaxreg.reapply("l1", PARAMS), "penalty: got 'l1'; accepted: a jaxreg penalty"),
         (

@@ -13,16 +13,17 @@ import jaxreg
 PACKAGE = Path(jaxreg.__file__).parent
 # Imports go from a later layer to an earlier one, or stay within a folder.
 LAYERS = [
-    ["_check", "_tree", "where", "groups", "_roots"],
+    ["_check", "_tree", "where", "groups", "_roots", "norms"],
     ["penalties", "losses", "noise", "mnist1d"],
     ["optimality", "data"],
     ["splits"],
     ["transforms"],
-    ["optimizers"],
+    ["optimizers", "diagnostics"],
     ["models", "recipes", "compression"],
     ["training"],
     ["comparison"],
     ["plot"],
+    ["_notes"],
     ["report", "_folder", "_progress"],
     ["cli"],
     ["__main__"],

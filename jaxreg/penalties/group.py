@@ -295,15 +295,15 @@ def group_soft_threshold(x: Array, step: Array, groups: Grouping, a: Array) -> A
         factor = jnp.maximum(norm - pull, 0) / jnp.where(norm > 0, norm, 1)
         return groups.scaled(x, jnp.where(pull == 0, 1, factor))
     pull = step * groups.spread(a)
-    # theta counts from a floor at rounding, which no divisor is below; a root there is zero.
-    info = jnp.finfo(x.dtype)
-    floor = jnp.maximum(float(info.eps) * norm, float(info.tiny) ** 0.5)
+    # theta counts from the rounding of the group's norm, so that no divisor below is 0. What that
+    # rounding hides is taken for zero.
+    floor = jnp.where(norm > 0, float(jnp.finfo(x.dtype).eps) * norm, 1)
     one = jnp.ones((), x.dtype)
     above = secular_root(x, pull + groups.spread(floor), one, one, groups)
-    theta = groups.spread(jnp.where(above > 0, above + floor, 0))
-    zero = (theta == 0) | (x == 0)
-    shrunk = x * (theta / (theta + jnp.where(zero, 1, pull)))
-    return jnp.where(pull == 0, x, jnp.where(zero, 0, shrunk))
+    theta = jnp.where(above > 0, above + floor, 0)
+    theta = groups.spread(jnp.where(jnp.isfinite(norm), theta, jnp.nan))
+    shrunk = x * (theta / jnp.where(theta > 0, theta + pull, 1))
+    return jnp.where(pull == 0, x, jnp.where(theta == 0, 0, shrunk))
 
 
 def radial_distance(x: Array, grad: Array, groups: Grouping, slope: Array) -> Array:

@@ -23,13 +23,17 @@ class Place(NamedTuple):
         return jax.tree.map(lambda i: leaves[i], self.leaves)
 
 
+def as_tuple(given: Any) -> tuple[Any, ...]:
+    """One thing or a sequence of them as a tuple."""
+    # A string is a sequence too, and would be taken apart.
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return (given,)
+    return tuple(given)
+
+
 def as_penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
     """One penalty or a sequence of them as a tuple."""
-    # A string is a sequence too, and would be taken apart.
-    if isinstance(penalty, str) or not isinstance(penalty, Sequence):
-        parts: tuple[Any, ...] = (penalty,)
-    else:
-        parts = tuple(penalty)
+    parts = as_tuple(penalty)
     for part in parts:
         if not isinstance(part, Penalty):
             raise _check.ArgumentError(
@@ -61,7 +65,8 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
                 given = f"{leaves[i].dtype} values on {_named(paths[i])}"
                 raise _check.ArgumentError("penalty", given, "real floating leaves")
         # A shape that does not fit is an error of the penalty's own.
-        jax.eval_shape(place.penalty.value, place.of(leaves))
+        with _check.on_leaf(", ".join(_named(paths[i]) for i in jax.tree.leaves(place.leaves))):
+            jax.eval_shape(place.penalty.value, place.of(leaves))
     return placed
 
 

@@ -28,35 +28,37 @@ def secular_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gro
         radius: r > 0, a scalar or one number a group.
         groups: those of z.
     """
+    # A radius of 1, so that the squares of neither it nor the terms at the root are out of range.
+    z = z / (groups.spread(radius) if radius.ndim else radius)
 
     @jax.custom_jvp
-    def root(z: Array, alpha: Array, beta: Array, radius: Array) -> Array:
-        return _rise_to_root(z, alpha, beta, radius, groups)
+    def root(z: Array, alpha: Array, beta: Array) -> Array:
+        return _rise_to_root(z, alpha, beta, groups)
 
     @root.defjvp
     def tangent(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        mu = root(*primals)
+        z, alpha, beta = primals
+        mu = root(z, alpha, beta)
 
-        def miss(z: Array, alpha: Array, beta: Array, radius: Array) -> Array:
-            terms = jnp.square(z / (alpha + groups.spread(mu) * beta))
-            return groups.sum(terms) / jnp.square(radius)
+        def terms(z: Array, alpha: Array, beta: Array) -> Array:
+            return groups.sum(jnp.square(z / (alpha + groups.spread(mu) * beta)))
 
-        z, alpha, beta, radius = primals
         divisor = alpha + groups.spread(mu) * beta
-        slope = 2 * groups.sum(jnp.square(z / divisor) * (beta / divisor)) / jnp.square(radius)
-        _, change = jax.jvp(miss, primals, tangents)
+        slope = 2 * groups.sum(jnp.square(z / divisor) * (beta / divisor))
+        _, change = jax.jvp(terms, primals, tangents)
         usable = (mu > 0) & (slope > 0)
         return mu, jnp.where(usable, change / jnp.where(usable, slope, 1), 0)
 
-    return root(z, alpha, beta, radius)
+    return root(z, alpha, beta)
 
 
-def _rise_to_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Grouping) -> Array:
+def _rise_to_root(z: Array, alpha: Array, beta: Array, groups: Grouping) -> Array:
     tolerance = 0.1 * float(jnp.finfo(z.dtype).eps) ** 0.5
 
     def rising(state: tuple[Array, Array, Array]) -> Array:
-        # Newton's error is at most 1.5 times the square of its last step, both relative to mu:
-        # mu phi'' / phi' >= -3 here. So after a step below the tolerance it is below rounding.
+        # To leading order Newton's error is at most 1.5 times the square of its last step, both
+        # relative to mu, as mu phi'' / phi' >= -3 here: after a step below the tolerance it is
+        # below rounding.
         count, mu, rise = state
         return (count < _MAX_STEPS) & jnp.any(rise > tolerance * mu)
 
@@ -68,15 +70,16 @@ def _rise_to_root(z: Array, alpha: Array, beta: Array, radius: Array, groups: Gr
         divisor = alpha + groups.spread(again) * beta
         slope = groups.sum(jnp.square(z / divisor) * (beta / divisor))
         usable = slope > 0
-        rise = total * (jnp.sqrt(total) / radius - 1) / jnp.where(usable, slope, 1)
+        rise = (jnp.sqrt(total) - 1) * (total / jnp.where(usable, slope, 1))
         rise = jnp.where(usable, jnp.maximum(rise, 0), 0)
         return count + 1, mu + rise, rise
 
-    total = groups.sum(jnp.square(z))
+    norm = groups.norm(z)
+    unit = groups.spread(jnp.where(norm > 0, norm, 1))
 
     def mean(numbers: Array) -> Array:
-        return groups.sum(z * (z * numbers)) / total if numbers.ndim else numbers
+        return groups.sum(jnp.square(z / unit) * numbers) if numbers.ndim else numbers
 
-    bound = (jnp.sqrt(total) / radius - mean(alpha)) / mean(beta)
+    bound = (norm - mean(alpha)) / mean(beta)
     start = jnp.where((bound > 0) & (bound < jnp.inf), bound, 0)
     return jax.lax.while_loop(rising, newton, (jnp.zeros((), int), start, start + 1))[1]

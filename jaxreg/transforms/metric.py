@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check, _tree
+from jaxreg.norms import rms
 
 Metric = Callable[[Any, Any], Any]
 Number = float | jax.Array
@@ -350,7 +351,7 @@ class Gain(NamedTuple):
         if self.factor is None or not self.is_elementwise():
             return self, update
         scale = 1 / self.factor if self.scale is None else self.scale
-        mean = _tree.global_norm(scale) / max(1, scale.size) ** 0.5
+        mean = rms(scale).astype(scale.dtype)
         mean = jnp.where(mean > 0, mean, 1)
         factor = 1 if self.scale is None else self.factor
         return Gain(factor / mean), update * (scale / mean).astype(update.dtype)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check
+from jaxreg import where as _where
 from jaxreg.penalties.base import Penalty
-from jaxreg.penalties.placement import Place, places
+from jaxreg.penalties.placement import Place, as_tuple, places
 from jaxreg.transforms.sparsity import SparsityTarget
 
 Part = Penalty | Callable[[jax.Array], Penalty] | SparsityTarget
@@ -21,11 +22,7 @@ def as_parts(penalty: Parts) -> tuple[Part, ...]:
     Raises:
         ValueError: where one is nothing that makes a penalty.
     """
-    # A string is a sequence too, and would be taken apart.
-    if isinstance(penalty, str) or not isinstance(penalty, Sequence):
-        parts: tuple[Any, ...] = (penalty,)
-    else:
-        parts = tuple(penalty)
+    parts = as_tuple(penalty)
     for part in parts:
         if not isinstance(part, (Penalty, SparsityTarget)) and not callable(part):
             accepted = (
@@ -39,6 +36,14 @@ def as_parts(penalty: Parts) -> tuple[Part, ...]:
 def init_parts(parts: Sequence[Part], params: Any) -> tuple[tuple[Any, ...], list[Place]]:
     """The states of the parts, `()` for those that have none, and where they will act."""
     states = tuple(part.init() if isinstance(part, SparsityTarget) else () for part in parts)
+    steered: set[int] = set()
+    for part in (part for part in parts if isinstance(part, SparsityTarget)):
+        own = {i for place in places([part.penalty], params) for i in _numbers(place)}
+        if own & steered:
+            path = _where.paths(params)[min(own & steered)]
+            given = f"two sparsity_targets on {path}"
+            raise _check.ArgumentError("penalty", given, "at most one for each leaf")
+        steered |= own
     zero = jnp.zeros((), jnp.int32)
     penalties = [
         part.penalty if isinstance(part, SparsityTarget) else _given(part, zero) for part in parts

@@ -66,8 +66,8 @@ def proximal(
             (kernels by default); several on one leaf are added (``a + b``). A function of the step
             count that gives one is a schedule: ``lambda count: L1(schedule(count))``. A
             `jaxreg.sparsity_target` chooses its strength itself.
-        metric: "auto", which reads optax's momentum, Adam, AMSGrad, AdaMax, RMSProp and Adagrad,
-            clips and trust ratios in chains, masks and partitions, and refuses all others; or a
+        metric: "auto", which reads optax's momentum, Adam, NAdam, AMSGrad, AdaMax, RMSProp and
+            Adagrad, clips and trust ratios in chains, masks and partitions, and refuses others; a
             function ``(direction_state, params) -> gain`` such as ``jaxreg.metric.adam(b2=0.99)``;
             or "block" (`jaxreg.metric.block`), one gain a leaf, for penalties without an
             elementwise step.
@@ -102,6 +102,9 @@ def proximal(
     if metric != "auto" and not callable(metric) and not isinstance(metric, _metric.Block):
         accepted = "'auto', 'block', or a function (state, params) -> gain"
         raise _check.ArgumentError("metric", _check.describe(metric), accepted)
+    if callable(metric) and getattr(_metric, getattr(metric, "__name__", ""), None) is metric:
+        name = f"jaxreg.metric.{metric.__name__}"
+        raise _check.ArgumentError("metric", f"the function {name}", f"what it returns: {name}()")
     block = isinstance(metric, _metric.Block)
     inner = metric.inner if isinstance(metric, _metric.Block) else metric
     # Without a penalty no gain is needed, and any direction will do.

@@ -55,6 +55,9 @@ def magnitude_pruning(
         every: masks are chosen anew in every so many steps, the first one included.
         where: the leaves that are pruned: a selector or a path pattern; by default kernels.
 
+    A leaf that starts at 0 (of LoRA, say) is not told apart by magnitude: give it a schedule that
+    starts at 0 too.
+
     Returns:
         An optax transformation with state `PruningState`, the last of a chain: what comes after it
         would move pruned weights. ``update`` needs ``params``. Under ``optax.inject_hyperparams``
@@ -110,7 +113,8 @@ def n_m_pruning(
         where: as in `magnitude_pruning`.
 
     Returns:
-        An optax transformation, as `magnitude_pruning` is.
+        An optax transformation, as `magnitude_pruning` is. Under ``optax.inject_hyperparams`` all
+        arguments are static: ``static_args=("n", "m", "axis", "every", "where")``.
 
     Raises:
         ValueError: as `magnitude_pruning` does; and where n > m, m does not divide the axis, or a
@@ -155,7 +159,9 @@ def _pruning(
         _tree.check_real("params", pruned)
         zero = jnp.zeros((), jnp.int32)
         # What does not fit a leaf is an error before the first step.
-        jax.eval_shape(keep, zero, jax.tree.map(_tree.widen, jax.tree.leaves(pruned)))
+        for path, leaf in zip(_where.paths(pruned), jax.tree.leaves(pruned), strict=True):
+            with _check.on_leaf(path):
+                jax.eval_shape(keep, zero, [_tree.widen(leaf)])
         return PruningState(zero, tuple(jnp.ones(p.shape, bool) for p in jax.tree.leaves(pruned)))
 
     def update(

@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from jaxreg import _check, _tree
 from jaxreg.transforms import metric as _metric
-from jaxreg.transforms.clipping import ClipState
+from jaxreg.transforms.clip import ClipState
 from jaxreg.transforms.links import chained, describe, links
 from jaxreg.transforms.metric import Gain, Metric
 
@@ -93,9 +93,19 @@ def _read(direction: Transformation, gains_of: Callable[[Transformation], Gains]
         return _read_partition(closed, gains_of)
     if name in _ONE_NUMBER_A_LEAF:
         return Reading(extra(_recorded(direction)), _recorded_gains)
-    if name == "jaxreg.clip_by_global_norm":
-        return Reading(extra(direction), lambda s, p: [Gain(s.coefficient)] * _count(p))
+    if name == "jaxreg.clip" and closed["records"]:
+        return Reading(extra(direction), _gains_of_clip)
+    if name in _WRAPPERS:
+        inner = lambda s, p: closed["read"].gains(s.direction, p)  # noqa: E731
+        if name == "jaxreg.spike_aware_clip":
+            return Reading(extra(direction), inner)
+        return Reading(extra(direction), _times(inner, lambda s, p: _gains_of_clip(s.clip, p)))
     return Reading(extra(direction), gains_of(direction))
+
+
+def _gains_of_clip(state: ClipState, params: Any) -> list[Gain]:
+    each = state.coefficients
+    return [*map(Gain, each)] if isinstance(each, tuple) else [Gain(each)] * _count(params)
 
 
 def _read_partition(closed: dict[str, Any], gains_of: Callable[[Transformation], Gains]) -> Reading:
@@ -318,7 +328,8 @@ _READERS: dict[str, _Reader] = {
 }
 
 
-KNOWN = {*_GAIN_ONE, *_READERS, *_ONE_NUMBER_A_LEAF, "jaxreg.clip_by_global_norm"}
+_WRAPPERS = ("jaxreg.clip_update_rms", "jaxreg.spike_aware_clip")
+KNOWN = {*_GAIN_ONE, *_READERS, *_ONE_NUMBER_A_LEAF, "jaxreg.clip", *_WRAPPERS}
 """The names of links that do not go down the gradient."""
 
 

@@ -143,14 +143,15 @@ def sparsity_target(
     points, or as near as whole groups allow. So the penalty's own strength only says where to
     begin: choose it small, but not 0. The strength in force is c times it:
     ``state.penalties[0].multiplier`` of a `jaxreg.prox_adam` state with one penalty is c, and
-    ``.sparsity`` the share; watch that share: a target that the steps left can't reach is not an
-    error. One more proximal step is computed for each trial: one while c rises,
-    then a few.
+    ``.sparsity`` the share, and ``.reached`` whether the target was ever met; watch it: a target
+    that the steps left can't reach is not an error. One more proximal step is computed for each
+    trial: one while c rises, then a few.
 
     The share is that of a penalized solution, whose kept weights are shrunk too: for very high
-    targets a penalty that shrinks large weights less (`jaxreg.MCP`) loses less accuracy. The share
-    is of all leaves together: in a small network a high target may take a whole layer, and with it
-    the accuracy; then lower the rate, or give each layer a target of its own with ``.on``.
+    targets a penalty that shrinks large weights less (`jaxreg.MCP`) loses less accuracy, but its
+    zeros come with a root of c: give it a higher rate. The share is of all leaves together: in a
+    small network a high target may take a whole layer, and with it the accuracy; then lower the
+    rate, or give each layer a target: ``sparsity_target(L1(s).on("first/kernel"), 0.5)``.
 
     Args:
         penalty: one whose prox gives exact zeros (its ``sparse`` is True) and that has a strength.
@@ -182,7 +183,9 @@ def sparsity_target(
         raise _check.ArgumentError("penalty", _check.describe(penalty), accepted)
     if not _check.is_schedule(target):
         target = _check.fraction("target", target)
-    strengths = [getattr(penalty, name, None) for name in penalty.scales or ("strength",)]
+    # A squared norm, called l2, makes none.
+    names = [name for name in penalty.scales or ("strength",) if name != "l2"]
+    strengths = [getattr(penalty, name, None) for name in names]
     if all(_check.is_concrete(s) and not np.any(s) for s in strengths):
         accepted = "one whose strength is not 0: no multiple of it gives zeros"
         raise _check.ArgumentError("penalty", repr(penalty), accepted)

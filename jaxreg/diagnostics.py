@@ -1,0 +1,75 @@
+"""What an optimizer's state tells of its last step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _tree
+from jaxreg.transforms.clip import ClipState, NonfiniteState
+from jaxreg.transforms.skipping import SkipState
+
+Scalars = dict[str, jax.Array]
+
+
+def metrics(opt_state: Any) -> Scalars:
+    """The scalars in an optimizer's state that are worth logging, by name.
+
+    Works under ``jit``, on the state of any chain or wrapper of optax that has transformations of
+    this library in it; nothing is computed but a few scalars.
+
+    Args:
+        opt_state: the state of an optax transformation.
+
+    Returns:
+        Of a clip ``norm``, ``clipped_norm`` and ``coefficient`` (the smallest one) in the last
+        step, ``clip_rate``, the share of steps so far that were clipped, and ``nonfinite``, the
+        number of those with an infinity or a NaN; of `jaxreg.skip_step` ``norm``, ``limit``,
+        ``skipped`` and ``nonfinite`` (counts). The names begin with ``clip.`` or ``skip.``, and
+        with ``clip0.``, ``clip1.``, ... where there are several, from the outermost on.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> tx = jaxreg.regularize(optax.scale_by_adam(), 1e-3, clip=1.0)
+    >>> w = jnp.zeros(2)
+    >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(w), w)
+    >>> {name: round(float(value), 3) for name, value in jaxreg.metrics(state).items()}
+    {'clip.norm': 5.0, 'clip.clipped_norm': 1.0, 'clip.coefficient': 0.2, 'clip.clip_rate': 1.0,
+     'clip.nonfinite': 0.0}
+    """
+    found: dict[str, list[Scalars]] = {}
+    for name, scalars in _found(opt_state):
+        found.setdefault(name, []).append(scalars)
+    return {
+        f"{name}{i if len(all_of_it) > 1 else ''}.{key}": value
+        for name, all_of_it in found.items()
+        for i, scalars in enumerate(all_of_it)
+        for key, value in scalars.items()
+    }
+
+
+def _found(state: Any) -> list[tuple[str, Scalars]]:
+    """What each state of a known kind tells, the outer ones first."""
+    told: list[tuple[str, Scalars]] = []
+    for node in _tree.nodes(state, (ClipState, NonfiniteState, SkipState)):
+        if isinstance(node, SkipState):
+            told.append(("skip", _of_skip(node)))
+            told += _found(node.inner)
+        elif isinstance(node, ClipState):
+            told.append(("clip", _of_clip(node)))
+        else:
+            told.append(("clip", {"nonfinite": node.nonfinite}))
+    return told
+
+
+def _of_clip(state: ClipState) -> Scalars:
+    return {
+        "norm": state.norm,
+        "clipped_norm": state.clipped_norm,
+        "coefficient": state.coefficient,
+        "clip_rate": state.clipped / jnp.maximum(state.count, 1),
+        "nonfinite": state.nonfinite,
+    }
+
+
+def _of_skip(state: SkipState) -> Scalars:
+    return {name: getattr(state, name) for name in ("norm", "limit", "skipped", "nonfinite")}

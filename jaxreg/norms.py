@@ -1,0 +1,259 @@
+r"""Norms of trees that are right in every precision.
+
+Squares are summed in float32 at least. Where the sum over- or underflows, a second one is taken of
+the entries times a power of two; so the usual case reads each entry once. On a CPU the second sum
+is made only when it is needed. Elsewhere a branch would stop the queue of kernels, while sums that
+share a pass over memory cost nothing more: there all are made, and the right one is selected.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check, _tree
+
+PyTree = Any
+AxisNames = str | Sequence[str]
+# Powers of two by which entries are multiplied where squares overflow, and where they underflow.
+_SCALES = {32: (2.0**-80, 2.0**90), 64: (2.0**-600, 2.0**600)}
+
+
+def global_norm(tree: PyTree, axis_name: AxisNames | None = None) -> jax.Array:
+    r"""Euclidean norm of every entry of a tree, $\|x\| = \sqrt{\sum_i |x_i|^2}$.
+
+    Accumulated in float32 at least, right where squares overflow or underflow, with gradient 0
+    at 0. An infinite entry gives infinity, a NaN gives NaN.
+
+    Args:
+        tree: real or complex floating arrays of any shapes.
+        axis_name: inside ``shard_map`` or ``pmap``, the mesh axes along which leaves are sharded:
+            one name or several. The squares are summed over the axes that shard each leaf (known
+            to ``shard_map``; with ``check_vma=False`` and in ``pmap`` each leaf counts as sharded
+            along all of them), with one collective for the whole tree. Without it the norm is
+            that of the device's own pieces. Under ``jit`` norms are global as they are.
+
+    Returns:
+        A scalar: float64 where a leaf holds 64-bit floats, else float32. 0 for an empty tree.
+
+    Raises:
+        ValueError: where a leaf is not floating, or an axis is not bound.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> float(jaxreg.global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
+    5.0
+    >>> f"{jaxreg.global_norm(jnp.full(4, 1e-30)):.3g}"
+    '2e-30'
+    """
+    leaves = _leaves(tree)
+    return norms_of_groups([leaves], axis_name)[0]
+
+
+def leaf_norms(tree: PyTree, axis_name: AxisNames | None = None) -> PyTree:
+    r"""The Euclidean norm of each leaf.
+
+    Args:
+        tree: as in `global_norm`.
+        axis_name: as in `global_norm`; one collective serves all leaves.
+
+    Returns:
+        A tree of scalars like `tree`, all of the dtype of its `global_norm`.
+
+    Raises:
+        ValueError: as `global_norm` does.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> norms = jaxreg.leaf_norms({"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])})
+    >>> float(norms["a"]), float(norms["b"])
+    (5.0, 1.0)
+    """
+    leaves = _leaves(tree)
+    found = norms_of_groups([[leaf] for leaf in leaves], axis_name)
+    return jax.tree.unflatten(jax.tree.structure(tree), list(found))
+
+
+def rms(tree: PyTree, axis_name: AxisNames | None = None) -> jax.Array:
+    r"""Root mean square of every entry of a tree, $\sqrt{\sum_i |x_i|^2 / n}$.
+
+    Args:
+        tree: as in `global_norm`.
+        axis_name: as in `global_norm`; n counts the entries of all devices.
+
+    Returns:
+        A scalar as of `global_norm`; 0 for an empty tree.
+
+    Raises:
+        ValueError: as `global_norm` does.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> float(jaxreg.rms({"a": jnp.array([1.0, 7.0]), "b": jnp.array([[5.0, 5.0]])}))
+    5.0
+    """
+    leaves = _leaves(tree)
+    norm = norms_of_groups([leaves], axis_name)[0]
+    return norm / max(1.0, entries(leaves, axis_name)) ** 0.5
+
+
+def entries(leaves: Sequence[jax.Array], axis_name: AxisNames | None) -> float:
+    """How many entries leaves have on all devices."""
+    names = bound_axes(axis_name)
+    devices = math.prod(map(_axis_size, names))
+    return sum(leaf.size * devices / _replicas(leaf, names) for leaf in leaves)
+
+
+def norms_of_groups(
+    groups: Sequence[Sequence[jax.Array]], axis_name: AxisNames | None = None
+) -> jax.Array:
+    """The norm of each group of leaves, with one collective for all of them.
+
+    Args:
+        groups: lists of floating arrays.
+        axis_name: as in `global_norm`.
+
+    Returns:
+        A vector of norms, in the widest dtype of all.
+    """
+    leaves = [leaf for group in groups for leaf in group]
+    owners = [g for g, group in enumerate(groups) for _ in group]
+    dtype = _tree.widest_dtype(leaves)
+    if not any(leaf.size for leaf in leaves):
+        return jnp.zeros(len(groups), dtype)
+    names = bound_axes(axis_name)
+
+    def total(numbers: Sequence[jax.Array]) -> jax.Array:
+        """The sums over the leaves and devices of each group, of numbers or vectors a leaf."""
+        sums = [jnp.zeros_like(numbers[0]) for _ in groups]
+        for number, leaf, g in zip(numbers, leaves, owners, strict=True):
+            # One sum over all axes serves all leaves where each device gives its share.
+            sums[g] += number / _replicas(leaf, names)
+        stacked = jnp.stack(sums)
+        return jax.lax.psum(stacked, names) if names else stacked
+
+    @jax.custom_jvp
+    def norms(leaves: Sequence[jax.Array]) -> jax.Array:
+        sums = _Sums(leaves, owners, total, dtype)
+        return jax.lax.platform_dependent(cpu=sums.norms_by_branch, default=sums.norms_by_select)
+
+    @norms.defjvp
+    def tangent(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        """<x, dx> / ||x||, and 0 at x = 0, where the norm has no derivative."""
+        (leaves,), (dots,) = primals, tangents
+        found = norms(leaves)
+        divisors = jnp.where(found > 0, found, 1)
+        triples = zip(leaves, dots, owners, strict=True)
+        return found, total([_product(x, dx, divisors[g]) for x, dx, g in triples])
+
+    return norms(leaves)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of squares of groups of leaves, and the norms that they give."""
+
+    leaves: Sequence[jax.Array]
+    owners: Sequence[int]
+    total: Callable[[Sequence[jax.Array]], jax.Array]
+    dtype: Any
+
+    def norms_by_branch(self) -> jax.Array:
+        """A second pass where a sum is out of range."""
+        plain = self.total([self._squares(x) for x in self.leaves])
+        down, up = self._scales
+        scales = jnp.where(plain < 1, up, down).astype(self.dtype)
+
+        def scaled() -> jax.Array:
+            pairs = zip(self.leaves, self.owners, strict=True)
+            sums = self.total([self._squares(x, scales[g]) for x, g in pairs])
+            return jnp.where(self._in_range(plain), jnp.sqrt(plain), jnp.sqrt(sums) / scales)
+
+        return jax.lax.cond(jnp.all(self._in_range(plain)), lambda: jnp.sqrt(plain), scaled)
+
+    def norms_by_select(self) -> jax.Array:
+        """Three sums, of which each norm takes one."""
+        down, up = self._scales
+        low, plain, high = (
+            self.total(
+                [jnp.stack([self._squares(x, s) for s in (up, None, down)]) for x in self.leaves]
+            )
+        ).T
+        elsewhere = jnp.where(plain < 1, jnp.sqrt(low) / up, jnp.sqrt(high) / down)
+        return jnp.where(self._in_range(plain), jnp.sqrt(plain), elsewhere)
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        return _SCALES[jnp.finfo(self.dtype).bits]
+
+    def _in_range(self, sums: jax.Array) -> jax.Array:
+        # Far inside the range: what underflows beside such a sum is lost to rounding.
+        info = jnp.finfo(self.dtype)
+        return (sums > float(info.tiny) ** 0.5) & (sums <= float(info.max))
+
+    def _squares(self, x: jax.Array, scale: Any = None) -> jax.Array:
+        sums = []
+        for part in _real_parts(x):
+            wide = part.astype(self.dtype)
+            sums.append(jnp.sum(jnp.square(wide if scale is None else wide * scale)))
+        return sum(sums[1:], sums[0])
+
+
+def _product(x: jax.Array, dx: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Sum over the entries of x dx / divisor."""
+    pairs = zip(_real_parts(x), _real_parts(dx), strict=True)
+    dtype = divisor.dtype
+    sums = [jnp.sum(a.astype(dtype) / divisor * b.astype(dtype)) for a, b in pairs]
+    return sum(sums[1:], sums[0])
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _leaves(tree: PyTree) -> list[jax.Array]:
+    tree = jax.tree.map(jnp.asarray, tree)
+    _tree.check_floating("tree", tree)
+    return jax.tree.leaves(tree)
+
+
+# Mesh axes ---------------------------------------------------------------------------------------
+
+
+def bound_axes(axis_name: AxisNames | None) -> tuple[str, ...]:
+    """The names of mesh axes as a tuple.
+
+    Raises:
+        ValueError: where one is not bound here.
+    """
+    if axis_name is None:
+        return ()
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    for name in names:
+        try:
+            _axis_size(name)
+        except NameError:
+            accepted = "axes of the shard_map, pmap or vmap that this is called in, or None"
+            raise _check.ArgumentError(
+                "axis_name", f"{name!r}, which is not bound", accepted
+            ) from None
+    return names
+
+
+def _axis_size(name: str) -> int:
+    return jax.lax.psum(1, name)
+
+
+def _replicas(x: jax.Array, names: Sequence[str]) -> int:
+    """How many devices along these axes hold the same piece."""
+    same = [name for name in names if _is_tracked(name) and name not in _varying(x)]
+    return math.prod(map(_axis_size, same))
+
+
+def _is_tracked(name: str) -> bool:
+    """Whether it is known which arrays differ along an axis: not with ``check_vma=False``."""
+    return name in _varying(jax.lax.axis_index(name))
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return getattr(jax.typeof(x), "vma", frozenset())

@@ -1,0 +1,230 @@
+"""What all clips share: coefficients, policies for what is not finite, and a state to be logged.
+
+A clipped gradient is the gradient times a coefficient. XLA fuses the product into what follows, so
+that the clipped gradient is never written to memory. The norms that a clip needs tell as well
+whether the gradient is finite.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg import _check, _tree
+from jaxreg.norms import AxisNames, norms_of_groups
+
+OnNonfinite = Literal["propagate", "skip", "zero"]
+POLICIES = get_args(OnNonfinite)
+
+
+class ClipState(NamedTuple):
+    """What a clip saw in the last step, and how often it acted; see `jaxreg.metrics`.
+
+    Attributes:
+        norm: the global norm before clipping, float32 (float64 for 64-bit parameters).
+        clipped_norm: the global norm after it.
+        coefficients: what the leaves were multiplied by: one scalar for all, or a tuple of one
+            for each leaf. In [0, 1]; NaN where the norm is.
+        count: the number of steps, int32.
+        clipped: of steps that were clipped, int32.
+        nonfinite: of steps with an infinite norm or a NaN, int32.
+        memory: what the clip keeps of earlier steps; () for most.
+    """
+
+    norm: jax.Array
+    clipped_norm: jax.Array
+    coefficients: jax.Array | tuple[jax.Array, ...]
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    clipped: jax.Array
+    nonfinite: jax.Array
+    memory: Any = ()
+
+    @property
+    def coefficient(self) -> jax.Array:
+        """The smallest of the coefficients."""
+        if isinstance(self.coefficients, tuple):
+            return jnp.min(jnp.stack(self.coefficients), initial=1.0)
+        return self.coefficients
+
+
+class NonfiniteState(NamedTuple):
+    """What a clip that cuts entries saw under "skip": counts of steps, int32 scalars.
+
+    Attributes:
+        count: all steps.
+        nonfinite: those with an infinity or a NaN.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    nonfinite: jax.Array
+
+
+class Seen(NamedTuple):
+    """What a rule is given: the gradients, the parameters' leaves, and its memory."""
+
+    updates: optax.Updates
+    params: list[jax.Array]
+    memory: Any
+    norms: Callable[[Sequence[Sequence[jax.Array]]], jax.Array]
+    """Norms of groups of leaves, as `jaxreg.norms.norms_of_groups` makes them."""
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """Of the gradients."""
+        return jax.tree.leaves(self.updates)
+
+
+class Clipped(NamedTuple):
+    """What a rule gives: the coefficients, one scalar or one a leaf (or an array that broadcasts
+    with it), the global norms before and after, and its memory.
+    """
+
+    coefficients: jax.Array | Sequence[jax.Array]
+    norm: jax.Array
+    clipped_norm: jax.Array
+    memory: Any = ()
+
+
+Rule = Callable[[Seen], Clipped]
+
+
+def clip(
+    rule: Rule,
+    on_nonfinite: OnNonfinite,
+    axis_name: AxisNames | None = None,
+    *,
+    memory: Callable[[Any], Any] = lambda params: (),
+    per_leaf: bool = False,
+    records: bool = True,
+    needs_params: bool = False,
+) -> optax.GradientTransformation:
+    """A clip made of a rule.
+
+    Args:
+        rule: finds the coefficients.
+        on_nonfinite: what is done where a norm is infinite or NaN.
+        axis_name: mesh axes that leaves are sharded along, inside ``shard_map``.
+        memory: the rule's memory before the first step, from the parameters.
+        per_leaf: whether each leaf has a coefficient of its own.
+        records: whether the coefficients are scalars, to be kept in the state.
+        needs_params: whether the rule looks at the parameters.
+    """
+    _check.choice("on_nonfinite", on_nonfinite, POLICIES)
+
+    def init(params: optax.Params) -> ClipState:
+        _tree.check_floating("params", params)
+        leaves = jax.tree.leaves(params)
+        dtype = _tree.widest_dtype(leaves)
+
+        # An array for each number: one that is there twice could not be donated.
+        def one() -> jax.Array:
+            return jnp.ones((), dtype)
+
+        def zero() -> jax.Array:
+            return jnp.zeros((), jnp.int32)
+
+        each = tuple(one() for _ in leaves) if per_leaf and records else one()
+        return ClipState(0 * one(), 0 * one(), each, zero(), zero(), zero(), memory(params))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ClipState]:
+        leaves, treedef = jax.tree.flatten(updates)
+        own = treedef.flatten_up_to(_check.params_given(params)) if needs_params else []
+
+        def norms(groups: Sequence[Sequence[jax.Array]]) -> jax.Array:
+            found = norms_of_groups(groups, axis_name)
+            if on_nonfinite != "zero":
+                return found
+            cleaned = lambda: norms_of_groups(  # noqa: E731
+                [[finite(x) for x in group] for group in groups], axis_name
+            )
+            return jax.lax.cond(jnp.all(jnp.isfinite(found)), lambda: found, cleaned)
+
+        found = rule(Seen(updates, own, state.memory, norms))
+        # One norm serves the clip, the check for infinities and NaNs, and the log.
+        raw = found.norm if on_nonfinite != "zero" else norms_of_groups([leaves], axis_name)[0]
+        is_finite = jnp.isfinite(raw)
+        each = found.coefficients
+        if isinstance(each, jax.Array):
+            each = [each] * len(leaves)
+        clipped = [times(x, c) for x, c in zip(leaves, each, strict=True)]
+        if on_nonfinite == "skip":
+            clipped = [jnp.where(is_finite, x, 0) for x in clipped]
+        elif on_nonfinite == "zero":
+            pairs = zip(clipped, leaves, strict=True)
+            clipped = [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs]
+        return treedef.unflatten(clipped), _state(state, found, is_finite, per_leaf, records)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _state(
+    before: ClipState, found: Clipped, is_finite: jax.Array, per_leaf: bool, records: bool
+) -> ClipState:
+    dtype = before.norm.dtype
+    coefficients: Any = jnp.ones((), dtype)
+    if records and per_leaf:
+        coefficients = tuple(c.astype(dtype) for c in found.coefficients)
+    elif records:
+        coefficients = jnp.asarray(found.coefficients).astype(dtype)
+    norm, after = found.norm.astype(dtype), found.clipped_norm.astype(dtype)
+    # What was not finite is not remembered: it would be for ever.
+    memory = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), found.memory, before.memory)
+    return ClipState(
+        norm,
+        after,
+        coefficients,
+        jnp.asarray(optax.safe_increment(before.count)),
+        before.clipped + (after < norm).astype(jnp.int32),
+        before.nonfinite + (~is_finite).astype(jnp.int32),
+        memory,
+    )
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """X * factor in x's dtype, rounded once."""
+    dtype = _tree.wide_dtype(x.dtype)
+    return (x.astype(dtype) * factor.astype(_tree.real_dtype(dtype))).astype(x.dtype)
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """The entries of x, 0 for what is infinite or NaN."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def shrinking(norm: jax.Array, limit: Any) -> jax.Array:
+    """The coefficient that takes a norm to its limit: min(1, limit / norm)."""
+    limit = jnp.asarray(limit).astype(norm.dtype)
+    return jnp.where(norm <= limit, 1, limit / jnp.where(norm == 0, 1, norm))
+
+
+def whole_norm(norms: jax.Array) -> jax.Array:
+    """The norm of the whole from the norms of its parts."""
+    return norms_of_groups([[norms]])[0].astype(norms.dtype)
+
+
+def nonfinite_state() -> NonfiniteState:
+    """Before the first step."""
+    return NonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def policed(
+    cut: list[jax.Array],
+    leaves: list[jax.Array],
+    state: NonfiniteState,
+    on_nonfinite: OnNonfinite,
+    axis_name: AxisNames | None,
+) -> tuple[list[jax.Array], NonfiniteState]:
+    """Leaves whose entries were cut, by the policy; only "skip" has to look at all of them."""
+    if on_nonfinite == "zero":
+        pairs = zip(cut, leaves, strict=True)
+        return [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs], state
+    if on_nonfinite == "propagate":
+        return cut, state
+    is_finite = jnp.isfinite(norms_of_groups([leaves], axis_name)[0])
+    count = jnp.asarray(optax.safe_increment(state.count))
+    after = NonfiniteState(count, state.nonfinite + (~is_finite).astype(jnp.int32))
+    return [jnp.where(is_finite, x, 0) for x in cut], after
