@@ -101,7 +101,7 @@ def entries(leaves: Sequence[jax.Array], axis_name: AxisNames | None) -> float:
     """How many entries leaves have on all devices."""
     names = bound_axes(axis_name)
     devices = math.prod(map(_axis_size, names))
-    return sum(leaf.size * devices / _replicas(leaf, names) for leaf in leaves)
+    return sum(leaf.size * devices / replicas(leaf, names) for leaf in leaves)
 
 
 def norms_of_groups(
@@ -121,14 +121,14 @@ def norms_of_groups(
     dtype = _tree.widest_dtype(leaves)
     if not any(leaf.size for leaf in leaves):
         return jnp.zeros(len(groups), dtype)
-    names = bound_axes(axis_name)
+    names = sharding_axes(leaves, axis_name)
 
     def total(numbers: Sequence[jax.Array]) -> jax.Array:
         """The sums over the leaves and devices of each group, of numbers or vectors a leaf."""
         sums = [jnp.zeros_like(numbers[0]) for _ in groups]
         for number, leaf, g in zip(numbers, leaves, owners, strict=True):
             # One sum over all axes serves all leaves where each device gives its share.
-            sums[g] += number / _replicas(leaf, names)
+            sums[g] += number / replicas(leaf, names) if names else number
         stacked = jnp.stack(sums)
         return jax.lax.psum(stacked, names) if names else stacked
 
@@ -142,7 +142,7 @@ def norms_of_groups(
         """<x, dx> / ||x||, and 0 at x = 0, where the norm has no derivative."""
         (leaves,), (dots,) = primals, tangents
         found = norms(leaves)
-        divisors = jnp.where(found > 0, found, 1)
+        divisors = jnp.where(found == 0, jnp.inf, found)
         triples = zip(leaves, dots, owners, strict=True)
         return found, total([_product(x, dx, divisors[g]) for x, dx, g in triples])
 
@@ -244,16 +244,31 @@ def _axis_size(name: str) -> int:
     return jax.lax.psum(1, name)
 
 
-def _replicas(x: jax.Array, names: Sequence[str]) -> int:
+def sharding_axes(leaves: Sequence[jax.Array], axis_name: AxisNames | None) -> tuple[str, ...]:
+    """The axes along which a leaf may be sharded, of those that are named.
+
+    Raises:
+        ValueError: as `bound_axes` does.
+    """
+    names = bound_axes(axis_name)
+    return tuple(n for n in names if not all(_is_replicated(leaf, n) for leaf in leaves))
+
+
+def replicas(x: jax.Array, names: Sequence[str]) -> int:
     """How many devices along these axes hold the same piece."""
-    same = [name for name in names if _is_tracked(name) and name not in _varying(x)]
-    return math.prod(map(_axis_size, same))
+    return math.prod(_axis_size(name) for name in names if _is_replicated(x, name))
 
 
-def _is_tracked(name: str) -> bool:
-    """Whether it is known which arrays differ along an axis: not with ``check_vma=False``."""
-    return name in _varying(jax.lax.axis_index(name))
+def _is_replicated(x: jax.Array, name: str) -> bool:
+    # With check_vma=False it is not known which arrays differ along an axis.
+    is_known = name in varying_axes(jax.lax.axis_index(name))
+    return is_known and name not in varying_axes(x)
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
-    return getattr(jax.typeof(x), "vma", frozenset())
+def varying_axes(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    """The mesh axes along which devices hold different pieces, as far as ``shard_map`` knows."""
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):  # its name in newer versions of JAX
+        kind = kind.manual_axis_type  # pyright: ignore[reportAttributeAccessIssue]
+        return frozenset(getattr(kind, "varying", ()))
+    return frozenset(getattr(kind, "vma", None) or ())

@@ -19,10 +19,16 @@ from jax.core import Tracer
 
 from jaxreg import _check
 from jaxreg import where as _where
-from jaxreg.compression.agreement import difference, noisy, rounding
+from jaxreg.compression.agreement import Reference
 from jaxreg.compression.axes import Program
-from jaxreg.compression.features import set_features
-from jaxreg.compression.flat import is_readable
+from jaxreg.compression.features import (
+    at_widths_of_weights,
+    is_of,
+    refuse_methods,
+    set_features,
+    values_of_attention,
+)
+from jaxreg.compression.flat import is_readable, wide
 from jaxreg.compression.removal import Leaves, Removal, Units
 
 Shape = tuple[int, ...]
@@ -39,8 +45,11 @@ class Compressed:
         flops: the floating-point operations of one call on the inputs given, before and after,
             by XLA's count; NaN where it has none.
         seconds: of one call, before and after: the medians of alternating jitted calls. NaN where
-            the smaller model can not be called as it is.
-        difference: the largest difference of an output, over the largest output.
+            the smaller model can not be called.
+        difference: the largest difference of an element of an output, over the largest element of
+            that output. NaN where it is unverified.
+        unverified: why the outputs of the smaller model are not known to be the same; empty where
+            they are.
         kept: for the path of each weight with zero units that stayed, their number and why.
 
     >>> import jax, jax.numpy as jnp, jaxreg
@@ -57,6 +66,7 @@ class Compressed:
     seconds: tuple[float, float]
     difference: float
     kept: Mapping[str, str]
+    unverified: str
 
     @property
     def speed_up(self) -> float:
@@ -66,18 +76,22 @@ class Compressed:
     def __str__(self) -> str:
         lines = [f"{path}: {old} -> {new}" for path, (old, new) in self.shapes.items()]
         lines += [f"kept {path}: {why}" for path, why in self.kept.items()]
+        if not lines:
+            lines.append("nothing to remove: no zero units")
         (p0, p1), (f0, f1) = self.parameters, self.flops
         lines.append(f"parameters: {p0:,} -> {p1:,} ({p1 / max(p0, 1):.1%})")
-        if np.isnan(self.seconds).any():
-            measured = ["not measured: the module must be rebuilt with the new widths"]
-        else:
-            measured = [f"FLOPs: {f0:,.0f} -> {f1:,.0f} ({f1 / max(f0, 1):.1%})"]
-            measured = [] if np.isnan(self.flops).any() else measured
-            measured.append(f"speed-up: {self.speed_up:.2f}")
-        return "\n".join([*lines, *measured])
+        if self.shapes and not np.isnan(self.flops).any():
+            lines.append(f"FLOPs: {f0:,.0f} -> {f1:,.0f} ({f1 / max(f0, 1):.1%})")
+        if self.shapes and not np.isnan(self.seconds).any():
+            lines.append(f"speed-up: {self.speed_up:.2f}")
+        if self.unverified:
+            lines.append(f"not verified: {self.unverified}")
+        return "\n".join(lines)
 
 
-def compress(model: Any, *inputs: Any, tolerance: float = 1e-6, rounds: int = 20) -> Compressed:
+def compress(
+    model: Any, *inputs: Any, tolerance: float = 1e-6, rounds: int = 20, strict: bool = True
+) -> Compressed:
     r"""Removes the units of a model that are zero or that nothing reads.
 
     For a Flax NNX model, ``compress(model, x)``; for a function of parameters, such as the
@@ -90,28 +104,37 @@ def compress(model: Any, *inputs: Any, tolerance: float = 1e-6, rounds: int = 20
     bias they are zero, without it they are constants, which go into the next layer's bias where
     there is one and no padding lies between. Zero units that stay are listed in ``kept``.
 
-    The outputs are compared on the inputs given, and on these with noise of their scale. Where
-    they differ or the model's own code fails, the axes to blame keep their length and are listed
-    in ``kept`` too; it is an error where nothing else can go.
+    The outputs are compared on the inputs given, and on these with noise of their scale: each
+    array relative to its largest element, and where the model computes in fewer bits than 32, in
+    float32 too. Where they differ or the model's own code fails, the axes to blame keep their
+    length and are listed in ``kept`` too; it is an error where nothing else can go.
+
+    A Linen model must be built anew with the new numbers of features, which ``shapes`` holds, to
+    be applied to the smaller parameters. Here each of its layers is called with the features of
+    its weights; what a module makes of a width that is its own attribute is not seen. A layer of
+    your own, whose shapes Flax refuses, is called with zeros for what is gone: that can not show
+    what its code makes of a width, so ``unverified`` says so and ``difference`` is NaN.
 
     Args:
         model: an NNX model that is called with the inputs alone (in evaluation), or a function.
         *inputs: an example, with its batch axis; for a function the parameters first, a tree.
-            Arrays of any dtype in it shrink; numbers stay what they are.
-        tolerance: the largest difference of the outputs, relative to the largest output; 16
-            times the rounding of the coarsest dtype in the model is accepted too.
+            Arrays of real numbers or truth values in it shrink; complex ones and Python's
+            numbers stay what they are.
+        tolerance: the largest difference of an output, relative to its largest element; 16
+            roundings of the model's dtype, of float32 at least, are accepted too.
         rounds: calls that are timed of each of the two.
+        strict: where a zero unit passes through an operation that is not followed, such as a
+            recurrent layer: an error, or with False it stays and is listed in ``kept``.
 
     Returns:
-        A `Compressed`. A Linen model must be built anew with the new numbers of features, which
-        ``shapes`` holds, to be applied to the smaller parameters, as its own checks refuse them;
-        here it is called with zeros for what is gone.
+        A `Compressed`.
 
     Raises:
         ArgumentError: a `ValueError`, where a zero unit passes through an operation that is not
             followed (the error names both); where all that could go makes the model fail or
-            gives other outputs; for a Linen module, whose function ``module.apply`` is meant;
-            inside of ``jit`` or ``grad``. Nothing is changed.
+            gives other outputs, or the model gives other outputs at each call; for a module of
+            Linen or a method of a model, where another function is meant; for parameters without
+            arrays; inside of ``jit`` or ``grad``. Nothing is changed.
 
     >>> import jax.numpy as jnp, jaxreg
     >>> params = {"first": jnp.array([[1.0, 0.0], [2.0, 0.0]]), "second": jnp.ones((2, 3))}
@@ -122,23 +145,25 @@ def compress(model: Any, *inputs: Any, tolerance: float = 1e-6, rounds: int = 20
     """
     tolerance = _check.nonnegative("tolerance", tolerance)
     rounds = _check.whole_number("rounds", rounds, 1)
-    if _is_of(model, "flax.linen"):
-        accepted = "its function and variables: compress(module.apply, variables, x)"
-        raise _check.ArgumentError("model", "a Linen module", accepted)
-    if _is_of(model, "flax.nnx"):
-        return _compress_nnx(model, inputs, tolerance, rounds)
+    refuse_methods(model)
+    settings = _Settings(tolerance, rounds, strict)
+    if is_of(model, "flax.nnx"):
+        return _compress_nnx(model, inputs, settings)
     if not callable(model) or not inputs:
         accepted = "an NNX model and its inputs, or a function, its parameters and its inputs"
         raise _check.ArgumentError("model", _check.describe(model), accepted)
     params, *rest = inputs
-    return _smaller(_Model(model, params), tuple(rest), tolerance, rounds, {})
+    return _smaller(_Model(model, params), tuple(rest), settings, {})
 
 
-def _is_of(model: Any, package: str) -> bool:
-    return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    tolerance: float
+    rounds: int
+    strict: bool
 
 
-def _compress_nnx(model: Any, inputs: tuple[Any, ...], tolerance: float, rounds: int) -> Compressed:
+def _compress_nnx(model: Any, inputs: tuple[Any, ...], settings: _Settings) -> Compressed:
     from flax import nnx
 
     graphdef, state = nnx.split(model)
@@ -152,14 +177,11 @@ def _compress_nnx(model: Any, inputs: tuple[Any, ...], tolerance: float, rounds:
     def apply(state: Any, *inputs: Any) -> Any:
         return merged(state)(*inputs)
 
+    function = _Model(apply, state)
     # Its code asks for it, though the axes of the traced function do not tell.
     why = "attention, whose values are as long as its keys"
-    held = {
-        "/".join([*map(str, path), "value", "kernel"]): why
-        for path, part in nnx.iter_graph(model)
-        if isinstance(part, nnx.MultiHeadAttention)
-    }
-    small = _smaller(_Model(apply, state), inputs, tolerance, rounds, held)
+    held = dict.fromkeys(values_of_attention(model, function.names), why)
+    small = _smaller(function, inputs, settings, held)
     return dataclasses.replace(small, model=merged(small.model))
 
 
@@ -177,11 +199,18 @@ class _Model:
         self._numbers = [i for i, leaf in enumerate(own) if _can_shrink(leaf)]
         self.names = [_where.paths(params)[i] for i in self._numbers]
         self.leaves = [np.asarray(own[i]) for i in self._numbers]
+        if not self.leaves:
+            accepted = "an NNX model and its inputs, or a function, its parameters and its inputs"
+            raise _check.ArgumentError("model", "parameters without arrays", accepted)
 
     def with_leaves(self, leaves: Any) -> Any:
         """The parameters with other arrays."""
         new = dict(zip(self._numbers, leaves, strict=True))
         return self._treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(self._own)])
+
+    def rounded(self, leaves: Leaves) -> Leaves:
+        """Arrays in the dtypes of the leaves."""
+        return [new.astype(own.dtype) for new, own in zip(leaves, self.leaves, strict=True)]
 
     def smaller(self, leaves: Leaves) -> Any:
         """The parameters with smaller arrays; what did not change is the same array."""
@@ -209,55 +238,57 @@ class _Trial:
     """A removal and what is wrong with it."""
 
     removal: Removal
+    function: Callable[..., Any] | None  # that takes the smaller arrays
     difference: float
-    runs: bool  # whether the model takes the smaller arrays
-    wrong: str = ""
+    wrong: str
 
 
 def _smaller(
-    model: _Model,
-    inputs: tuple[Any, ...],
-    tolerance: float,
-    rounds: int,
-    held: Mapping[str, str],
+    model: _Model, inputs: tuple[Any, ...], settings: _Settings, held: Mapping[str, str]
 ) -> Compressed:
     """The model without what can go; of some leaves the last axis is held, and why."""
     _refuse_tracers(inputs)
-    call = jax.jit(model)
-    examples = (inputs, noisy(inputs))
-    expected = [call(model.leaves, *own) for own in examples]
     program = Program(model, model.leaves, inputs)
     for name, why in held.items():
         program.hold(model.names.index(name), -1, why)
-    units = Units(program, model.names, model.leaves)
-    largest = max(tolerance, rounding(program.dtypes))
+    units = Units(program, model.names, [leaf.astype(wide(leaf.dtype)) for leaf in model.leaves])
+    if settings.strict:
+        units.refuse_what_is_not_followed()
+    reference = Reference(model, program, model.leaves, inputs, settings.tolerance)
 
     def tried(atoms: Collection[int]) -> _Trial:
         removal = units.removed(atoms)
-        runs = True
-        try:
+        # Linen refuses other shapes than a module was built with. Its layers take them; for those
+        # that do not, the old shapes with zeros for what goes must give the same outputs.
+        wrong = ""
+        for function, leaves in (
+            (model, removal.cut),
+            (at_widths_of_weights(model), removal.cut),
+            (None, removal.zeroed),
+        ):
             try:
-                found = [call(removal.cut, *own) for own in examples]
-            except Exception as error:
+                found = reference.compared(function or model, model.rounded(leaves), leaves)
+                return _Trial(removal, function, *found)
+            except Exception as error:  # whatever a model's own checks raise
+                wrong = "fails: " + str(error).partition("\n")[0]
                 if type(error).__name__ != "ScopeParamShapeError":
-                    raise
-                # Linen refuses other shapes than the model was built with: the old ones, with
-                # zeros for what goes, must give the same outputs.
-                runs, found = False, [call(removal.zeroed, *own) for own in examples]
-        except Exception as error:  # whatever a model's own checks raise
-            why = str(error).partition("\n")[0]
-            return _Trial(removal, float("inf"), runs, f"fails: {why}")
-        error = max(map(difference, expected, found))
-        wrong = "" if error <= largest else f"gives outputs that differ by {error:.1e}"
-        return _Trial(removal, error, runs, wrong)
+                    break
+        return _Trial(removal, None, float("inf"), wrong)
 
+    if tried(()).wrong:
+        given = "one that gives other outputs for the same inputs"
+        raise _check.ArgumentError("model", given, "a function of its parameters and inputs alone")
     trial = tried(units.free)
     failed: dict[int, tuple[np.ndarray, str]] = {}
     if trial.wrong:
         first, (trial, failed) = trial, _largest_that_works(tried, units.free)
         if not trial.removal.masks:
             raise _refused(model, first)
-    return _measured(model, trial, inputs, rounds, units.kept(trial.removal, failed))
+    small = _measured(model, trial, inputs, settings.rounds, units.kept(trial.removal, failed))
+    if reference.holds_nan:
+        why = "outputs hold NaN, which is not compared"
+        return dataclasses.replace(small, difference=float("nan"), unverified=why)
+    return small
 
 
 def _largest_that_works(
@@ -269,7 +300,7 @@ def _largest_that_works(
     """
     good: list[int] = []
     best, failed = tried(good), {}
-    pending = [atoms]
+    pending = [atoms] if atoms else []
     while pending:
         some = pending.pop()
         trial = tried([*good, *some])
@@ -286,9 +317,16 @@ def _largest_that_works(
 def _refused(model: _Model, trial: _Trial) -> _check.ArgumentError:
     triples = zip(model.names, model.leaves, trial.removal.cut, strict=True)
     shrunk = [name for name, old, new in triples if old.shape != new.shape]
-    given = f"one that, with smaller {', '.join(shrunk)}, {trial.wrong}"
-    accepted = "a model whose outputs do not depend on its numbers of units but through its weights"
+    more = f" and {len(shrunk) - 3} more" if len(shrunk) > 3 else ""
+    given = f"one that, with smaller {', '.join(shrunk[:3])}{more}, {trial.wrong}"
+    accepted = (
+        "a model without widths written into its code (a reshape or a division by a number of "
+        "units); GroupNorm keeps its groups' size"
+    )
     return _check.ArgumentError("model", given, accepted)
+
+
+_REFUSED_BY_FLAX = "Flax refuses the new widths until the module is built with them"
 
 
 # Measuring ---------------------------------------------------------------------------------------
@@ -297,13 +335,19 @@ def _refused(model: _Model, trial: _Trial) -> _check.ArgumentError:
 def _measured(
     model: _Model, trial: _Trial, inputs: tuple[Any, ...], rounds: int, kept: Mapping[str, str]
 ) -> Compressed:
-    old, new = model.leaves, trial.removal.cut
+    old, new = model.leaves, model.rounded(trial.removal.cut)
     triples = zip(model.names, old, new, strict=True)
     shapes = {name: (a.shape, b.shape) for name, a, b in triples if a.shape != b.shape}
     small = model.smaller(new)
+    error, unverified = trial.difference, ""
     flops = seconds = float("nan"), float("nan")
-    if trial.runs:
-        before, after = (jax.jit(model).lower(own, *inputs).compile() for own in (old, new))
+    if trial.function is None:
+        error, unverified = float("nan"), _REFUSED_BY_FLAX
+    else:
+        before, after = (
+            jax.jit(function).lower(own, *inputs).compile()
+            for function, own in ((model, old), (trial.function, new))
+        )
         flops = _flops(before), _flops(after)
         times: tuple[list[float], list[float]] = [], []
         for _ in range(rounds + 1):
@@ -314,7 +358,7 @@ def _measured(
         first, second = (float(np.median(own[1:])) for own in times)
         seconds = first, second
     counts = _count(model.params), _count(small)
-    return Compressed(small, shapes, counts, flops, seconds, trial.difference, kept)
+    return Compressed(small, shapes, counts, flops, seconds, error, kept, unverified)
 
 
 def _count(params: Any) -> int:

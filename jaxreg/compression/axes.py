@@ -8,29 +8,12 @@ length: the outputs of a layer and the inputs of the next, both sides of a sum.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxreg.compression.flat import Flat, Op
+from jaxreg.compression.operations import ELEMENTWISE, POSITIONAL, SUMS, WINDOWS
 
 Axis = tuple[int, ...]
-
-ELEMENTWISE = {
-    *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
-    *("cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div"),
-    *("eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow"),
-    *("is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg"),
-    *("nextafter", "not", "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt"),
-    *("select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh"),
-    *("xor", "shift_left", "shift_right_arithmetic", "shift_right_logical"),
-}
-# Each of them only gives an array another shape, or its numbers another dtype.
-RESHAPES = (
-    *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"),
-    *("convert_element_type", "copy", "stop_gradient"),
-)
-WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window")
-_SUMS = (
-    *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
-    *("argmax", "argmin"),
-)
 
 
 class Atoms:
@@ -101,17 +84,18 @@ class Program(Flat):
         self.axes: dict[int, list[Axis]] = {}
         for number in self.leaves:
             self._fresh(number)
-        for numbers, why in (
-            (self.inputs, "the inputs"),
-            (self.constants, "a constant array, which is no parameter"),
-        ):
-            for number in numbers:
-                self._fresh(number)
-                self._fix(number, why)
+        for number in self.inputs:
+            self._fresh(number)
+            self._fix(number, "units of the model's inputs, which keep their length")
+        for number in self.constants:
+            self._fresh(number)
+            is_complex = jnp.issubdtype(self.dtypes[number], jnp.complexfloating)
+            why = "a constant array, which is no parameter"
+            self._fix(number, "an array of complex numbers, which stays" if is_complex else why)
         for op in self.ops:
             self._follow_axes(op)
         for number in self.outputs:
-            self._fix(number, "the outputs")
+            self._fix(number, "units of the model's outputs, which keep their length")
 
     def hold(self, leaf: int, axis: int, why: str) -> None:
         """Fixes an axis of a leaf."""
@@ -164,7 +148,7 @@ class Program(Flat):
             for i, target in enumerate(p["broadcast_dimensions"]):
                 if self.shapes[op.inputs[0]][i] == p["shape"][target]:
                     self.axes[out][target] = ins[0][i]
-        elif op.name in _SUMS:
+        elif op.name in SUMS:
             gone = p["axes"]
             for i in gone:
                 self.atoms.fix(
@@ -179,7 +163,7 @@ class Program(Flat):
                 else:
                     for axis in (ins[0][i], self.axes[out][i]):
                         self.atoms.fix(axis, "a window that slides over them")
-        elif op.name in ("concatenate", "pad", "slice", "rev", "cumsum", "cumprod", "cummax"):
+        elif op.name in POSITIONAL:
             self._follow_positions(op)
         elif op.name == "split":
             self.atoms.fix(ins[0][p["axis"]], "a split, which cuts them")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.compression.axes import ELEMENTWISE, RESHAPES, Program
+from jaxreg.compression.axes import Program
 from jaxreg.compression.flat import Op, is_readable
-from jaxreg.compression.products import PRODUCTS, Contraction, operands
+from jaxreg.compression.operations import ELEMENTWISE, PRODUCTS, RESHAPES
+from jaxreg.compression.products import Contraction, operands
 
 Vector = np.ndarray  # float64, NaN where nothing is known
 
@@ -202,8 +203,8 @@ def _agreed(vectors: list[Vector | None], number: int) -> Vector | None:
 
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
 _LOST = {
-    **dict.fromkeys(("add", "sub"), "what is added to them is not constant"),
-    **dict.fromkeys(_REDUCTIONS, "the statistics of a batch, as in training"),
+    **dict.fromkeys(("add", "sub"), "what a residual sum adds to them is not constant"),
+    **dict.fromkeys(_REDUCTIONS, "the statistics of a batch, as in training: call model.eval()"),
 }
 # Of a window or a row that is looked up, what is constant may be cut at the borders.
 _ZEROS_ONLY = ("reduce_window_sum", "gather")

@@ -7,10 +7,9 @@ shrink: a unit goes where all products that sum over it can do without.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxreg.compression.axes import RESHAPES, Axis, Program
+from jaxreg.compression.axes import Axis, Program
 from jaxreg.compression.flat import Op
-
-PRODUCTS = ("dot_general", "conv_general_dilated")
+from jaxreg.compression.operations import PRODUCTS, RESHAPES
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg import _check
-from jaxreg.compression.axes import ELEMENTWISE, RESHAPES, Axis, Program
+from jaxreg.compression.axes import Axis, Program
 from jaxreg.compression.constants import Constants
+from jaxreg.compression.operations import ELEMENTWISE, RESHAPES
 from jaxreg.compression.products import Bias, Contraction, contractions
 
 Leaves = list[np.ndarray]
@@ -42,7 +43,6 @@ class Units:
         read = [i for op in reading for i in op.inputs if i in program.origins]
         self._weights = {leaf for i in read for leaf in program.origins[i]}
         self._given = Constants(program, self.products, leaves)
-        self._refuse_what_is_not_followed()
 
     @property
     def free(self) -> list[int]:
@@ -147,7 +147,7 @@ class Units:
     def _atoms(self, leaf: int, axis: int) -> Axis:
         return self.program.atoms.expand(self.program.axes[self.program.leaves[leaf]][axis])
 
-    def _refuse_what_is_not_followed(self) -> None:
+    def refuse_what_is_not_followed(self) -> None:
         """An error for zero units that pass through an operation that is not followed."""
         for leaf, axis, zeros in self._axes_of_weights():
             atoms = self._atoms(leaf, axis)
@@ -159,10 +159,12 @@ class Units:
                 continue
             accepted = (
                 "a model of dense layers, convolutions, normalizations and elementwise functions "
-                "between the units and their readers"
+                "between the units and their readers; strict=False keeps these units, and removes "
+                "others"
             )
             if "random_" in not_followed[0]:
-                accepted = "one without dropout: call model.eval(), or pass deterministic=True"
+                accepted = "one without dropout: call model.eval(), or pass deterministic=True; "
+                accepted += "strict=False keeps these units"
             units = f"{_counted(zeros)} in {self.names[leaf]}"
             given = f"{units}, which pass through {not_followed[0]}"
             raise _check.ArgumentError("model", given, accepted)
