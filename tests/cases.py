@@ -83,6 +83,9 @@ class TransformCase(Case):
     make: Callable[[Any], optax.GradientTransformation] = dataclasses.field(kw_only=True)
     # Whether what it does to one leaf depends on the others.
     joins_leaves: bool = dataclasses.field(kw_only=True, default=False)
+    takes_complex: bool = dataclasses.field(kw_only=True, default=False)
+    # For two sharded kernels in one step, a branch for norms out of range included.
+    collectives: int = dataclasses.field(kw_only=True, default=0)
 
 
 def _penalty(
@@ -468,27 +471,50 @@ CASES: list[Case] = [
         **FIXED_SHAPE,
     ),
     # Transformations
-    _transform("clip_by_global_norm", jaxreg.clip_by_global_norm, joins_leaves=True),
-    _transform("clip_by_leaf_norm", jaxreg.clip_by_leaf_norm),
     _transform(
-        "clip_by_group_norm", lambda s: jaxreg.clip_by_group_norm({"**": s}), joins_leaves=True
+        "clip_by_global_norm",
+        jaxreg.clip_by_global_norm,
+        joins_leaves=True,
+        takes_complex=True,
+        collectives=4,
     ),
-    _transform("clip_by_value", jaxreg.clip_by_value),
-    _transform("adaptive_clip", jaxreg.adaptive_clip),
+    _transform("clip_by_leaf_norm", jaxreg.clip_by_leaf_norm, takes_complex=True, collectives=4),
+    _transform(
+        "clip_by_group_norm",
+        lambda s: jaxreg.clip_by_group_norm({"**": s}),
+        joins_leaves=True,
+        takes_complex=True,
+        collectives=4,
+    ),
+    _transform("clip_by_value", jaxreg.clip_by_value, takes_complex=True),
+    _transform("adaptive_clip", jaxreg.adaptive_clip, takes_complex=True, collectives=11),
     # Their limits are those of earlier steps: in the first one no strength shows.
     _transform(
-        "autoclip", jaxreg.autoclip, whole_strength=50, has_strength=False, joins_leaves=True
+        "autoclip",
+        jaxreg.autoclip,
+        whole_strength=50,
+        has_strength=False,
+        joins_leaves=True,
+        takes_complex=True,
+        collectives=4,
     ),
     _transform(
-        "zclip", lambda s: jaxreg.zclip(s, warm_up=1), has_strength=False, joins_leaves=True
+        "zclip",
+        lambda s: jaxreg.zclip(s, warm_up=1),
+        has_strength=False,
+        joins_leaves=True,
+        takes_complex=True,
+        collectives=4,
     ),
     _transform(
         "adagc",
         lambda s: jaxreg.adagc(1 + s, warm_up=1, max_norm=10.0),
         has_strength=False,
         joins_leaves=True,
+        takes_complex=True,
+        collectives=4,
     ),
-    _transform("clip_update_rms", jaxreg.clip_update_rms),
+    _transform("clip_update_rms", jaxreg.clip_update_rms, takes_complex=True, collectives=4),
     _transform(
         "spike_aware_clip",
         lambda s: jaxreg.spike_aware_clip(optax.scale_by_rss(0.01), s),
@@ -500,9 +526,10 @@ CASES: list[Case] = [
         has_strength=False,
         joins_leaves=True,
         holds_optax=True,
+        collectives=4,
     ),
-    _transform("l2_decay", jaxreg.l2_decay),
-    _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1)),
+    _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),
+    _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1), takes_complex=True),
     _transform(
         "proximal", lambda s: jaxreg.proximal(optax.trace(0.5), 0.1, jaxreg.L1(s)), holds_optax=True
     ),
@@ -511,6 +538,7 @@ CASES: list[Case] = [
         lambda s: jaxreg.prox_sgd(0.1, jaxreg.sparsity_target(jaxreg.L1(1.0), s, rate=1.0)),
         whole_strength=0,
         holds_optax=True,
+        collectives=4,
     ),
     _transform(
         "prox_sgd",
@@ -532,11 +560,12 @@ CASES: list[Case] = [
         ),
         joins_leaves=True,
         holds_optax=True,
+        collectives=4,
     ),
     _transform("rda", lambda s: jaxreg.rda(0.1, jaxreg.L1(s))),
     _transform("rmda", lambda s: jaxreg.rmda(0.1, jaxreg.L1(s), momentum=0.5)),
     _transform("ramda", lambda s: jaxreg.ramda(0.1, jaxreg.L1(s), momentum=0.5)),
-    _transform("magnitude_pruning", jaxreg.magnitude_pruning, whole_strength=0),
+    _transform("magnitude_pruning", jaxreg.magnitude_pruning, whole_strength=0, collectives=7),
     _transform("n_m_pruning", lambda s: jaxreg.n_m_pruning(1, 2, axis=0), has_strength=False),
     Case(
         "per_example_clip",

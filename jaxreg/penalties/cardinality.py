@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxreg import _check
 from jaxreg.penalties.base import penalty, static
@@ -164,12 +165,20 @@ def largest(sizes: Sequence[Array], k: int | Array) -> list[Array]:
         chosen = []
         for key in keys:
             equal = key == threshold
-            order = jnp.cumsum(equal.ravel(), dtype=jnp.int32).reshape(key.shape)
+            order = jnp.cumsum(_whole(equal).ravel(), dtype=jnp.int32).reshape(key.shape)
             chosen.append((key > threshold) | (equal & (order <= wanted)))
             wanted = wanted - _counted([equal])
         return chosen
 
     return jax.lax.cond(reached == k, lambda: [key >= threshold for key in keys], first_of_equal)
+
+
+def _whole(x: Array) -> Array:
+    """The array on every device, where shardings are explicit: no sum runs along a sharded axis."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _counted(chosen: Sequence[Array]) -> Array:

@@ -162,7 +162,7 @@ def _pruning(
         for path, leaf in zip(_where.paths(pruned), jax.tree.leaves(pruned), strict=True):
             with _check.on_leaf(path):
                 jax.eval_shape(keep, zero, [_tree.widen(leaf)])
-        return PruningState(zero, tuple(jnp.ones(p.shape, bool) for p in jax.tree.leaves(pruned)))
+        return PruningState(zero, tuple(jnp.ones_like(p, bool) for p in jax.tree.leaves(pruned)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
