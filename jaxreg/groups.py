@@ -16,6 +16,7 @@ penalty's structure, not of its numbers.
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,7 @@ class Grouping(abc.ABC):
 
         Right where squares overflow; numbers whose squares underflow count as 0 (see `direction`).
         """
-        squares = self.sum(jnp.square(x))
-        in_range = jnp.all(squares < jnp.inf)
-        return jax.lax.cond(in_range, lambda: _root(squares), lambda: self.direction(x)[0])
+        return norms([(self, x)])[0]
 
     def direction(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The norm of each group, and x over it (0 for a group of zeros), in the whole range."""
@@ -72,6 +71,17 @@ class Grouping(abc.ABC):
             accepted = f"a scalar, or an array of shape ({self.sizes.size},): one number a group"
             raise _check.ArgumentError(name, _check.describe(values), accepted)
         return values.reshape(self.sizes.shape) if values.ndim else values
+
+
+def norms(arrays: Sequence[tuple[Grouping, jax.Array]]) -> list[jax.Array]:
+    """The norm of each group of several arrays, as `Grouping.norm`, with one branch for all."""
+    squares = [groups.sum(jnp.square(x)) for groups, x in arrays]
+    in_range = jnp.stack([jnp.all(of_groups < jnp.inf) for of_groups in squares]).all()
+    return jax.lax.cond(
+        in_range,
+        lambda: [*map(_root, squares)],
+        lambda: [groups.direction(x)[0] for groups, x in arrays],
+    )
 
 
 def _root(squares: jax.Array) -> jax.Array:

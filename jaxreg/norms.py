@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import _check, _tree
 
@@ -26,7 +27,8 @@ def global_norm(tree: PyTree, axis_name: AxisNames | None = None) -> jax.Array:
     r"""Euclidean norm of every entry of a tree, $\|x\| = \sqrt{\sum_i |x_i|^2}$.
 
     Accumulated in float32 at least, right where squares overflow or underflow, with gradient 0
-    at 0. An infinite entry gives infinity, a NaN gives NaN.
+    at 0. An infinite entry gives infinity, as does a norm beyond the dtype's range; a NaN gives
+    NaN.
 
     Args:
         tree: real or complex floating arrays of any shapes.
@@ -165,15 +167,19 @@ class _Sums:
         scales = jnp.where(plain < 1, up, down).astype(self.dtype)
 
         def scaled() -> jax.Array:
-            pairs = zip(self.leaves, self.owners, strict=True)
-            sums = self.total([self._squares(x, scales[g]) for x, g in pairs])
+            # One number a leaf: what leaves of one shape share XLA would write out in that shape.
+            each = jax.lax.optimization_barrier(scales[np.asarray(self.owners)])
+            sums = self.total([self._squares(x, each[i]) for i, x in enumerate(self.leaves)])
             return jnp.where(self._in_range(plain), jnp.sqrt(plain), jnp.sqrt(sums) / scales)
 
         return jax.lax.cond(jnp.all(self._in_range(plain)), lambda: jnp.sqrt(plain), scaled)
 
     def norms_by_select(self) -> jax.Array:
         """Three sums, of which each norm takes one."""
-        down, up = self._scales
+        # Of constants XLA could make (x s)(x s) into (x x)(s s), which is out of range.
+        down, up = jax.lax.optimization_barrier(
+            tuple(jnp.asarray(scale, self.dtype) for scale in self._scales)
+        )
         low, plain, high = (
             self.total(
                 [jnp.stack([self._squares(x, s) for s in (up, None, down)]) for x in self.leaves]

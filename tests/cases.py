@@ -487,7 +487,7 @@ CASES: list[Case] = [
         collectives=4,
     ),
     _transform("clip_by_value", jaxreg.clip_by_value, takes_complex=True),
-    _transform("adaptive_clip", jaxreg.adaptive_clip, takes_complex=True, collectives=11),
+    _transform("adaptive_clip", jaxreg.adaptive_clip, takes_complex=True, collectives=7),
     # Their limits are those of earlier steps: in the first one no strength shows.
     _transform(
         "autoclip",

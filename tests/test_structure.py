@@ -18,7 +18,7 @@ LAYERS = [
     ["optimality", "data"],
     ["splits"],
     ["transforms"],
-    ["optimizers", "diagnostics"],
+    ["optimizers", "diagnostics", "compat"],
     ["models", "recipes", "compression"],
     ["training"],
     ["comparison"],

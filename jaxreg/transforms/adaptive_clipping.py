@@ -10,7 +10,15 @@ from jaxreg import _check, _tree
 from jaxreg import groups as _groups
 from jaxreg import where as _where
 from jaxreg.norms import AxisNames, norms_of_groups
-from jaxreg.transforms.clip import Clipped, OnNonfinite, Seen, clip, shrinking, whole_norm
+from jaxreg.transforms.clip import (
+    Clipped,
+    OnNonfinite,
+    Seen,
+    clip,
+    finite,
+    shrinking,
+    whole_norm,
+)
 
 Number = float | jax.Array
 _LEAST_NORM = 1e-6  # of a unit's gradient, in the source's own code
@@ -67,19 +75,22 @@ def adaptive_clip(
 
     def rule(seen: Seen) -> Clipped:
         chosen = jax.tree.leaves(selector.mask(seen.updates))
-        before, after, coefficients = [], [], []
-        for g, w, yes in zip(seen.leaves, seen.params, chosen, strict=True):
-            units = grouping(g)
-            norm, weight = (units.norm(jnp.abs(_tree.widen(x))) for x in (g, w))
-            limit = jnp.asarray(ratio).astype(norm.dtype) * jnp.maximum(
-                weight.astype(norm.dtype), jnp.asarray(eps).astype(norm.dtype)
-            )
-            c = shrinking(jnp.maximum(norm, _LEAST_NORM), limit) if yes else jnp.ones_like(norm)
-            before.append(norm)
-            after.append(c * norm)
-            coefficients.append(units.spread(c))
+        grads = [finite(g) if on_nonfinite == "zero" else g for g in seen.leaves]
+        units = [grouping(g) for g in grads]
+        sizes = [_tree.widen(_real(x)) for x in (*grads, *seen.params)]
+        found = _groups.norms([*zip([*units, *units], sizes, strict=True)])
+        before, weights = found[: len(grads)], found[len(grads) :]
+        each = [coefficient_of(*pair) for pair in zip(before, weights, strict=True)]
+        each = [c if yes else jnp.ones_like(c) for c, yes in zip(each, chosen, strict=True)]
+        after = [c * norm for c, norm in zip(each, before, strict=True)]
+        coefficients = [own.spread(c) for own, c in zip(units, each, strict=True)]
         norms = norms_of_groups([before, after])
         return Clipped(coefficients, norms[0], norms[1])
+
+    def coefficient_of(norm: jax.Array, weight: jax.Array) -> jax.Array:
+        share, least = (jnp.asarray(number).astype(norm.dtype) for number in (ratio, eps))
+        limit = share * jnp.maximum(weight.astype(norm.dtype), least)
+        return shrinking(jnp.maximum(norm, _LEAST_NORM), limit)
 
     def memory(params: Any) -> Any:
         selector.mask(params)
@@ -88,6 +99,12 @@ def adaptive_clip(
         return ()
 
     return clip(rule, on_nonfinite, memory=memory, records=False, needs_params=True)
+
+
+def _real(x: jax.Array) -> jax.Array:
+    """Real numbers with the same squares."""
+    # Without need an absolute value would be written to memory, for the branch inside the norm.
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x
 
 
 class _History(NamedTuple):
@@ -139,7 +156,7 @@ def autoclip(
         history = history.at[count % window].set(norm.astype(history.dtype))
         there = jnp.where(jnp.arange(window) <= count, history, jnp.nan)
         limit = jnp.nanpercentile(there, jnp.asarray(percentile).astype(history.dtype))
-        coefficient = shrinking(norm, limit)
+        coefficient = _of_finite(shrinking(norm, limit), norm)
         return Clipped(coefficient, norm, coefficient * norm, _History(history, count + 1))
 
     def memory(params: Any) -> _History:
@@ -147,6 +164,11 @@ def autoclip(
         return _History(jnp.zeros(window, dtype), jnp.zeros((), jnp.int32))
 
     return clip(rule, on_nonfinite, axis_name, memory=memory)
+
+
+def _of_finite(coefficient: jax.Array, norm: jax.Array) -> jax.Array:
+    """The coefficient; 0 for an infinite norm and NaN for NaN, whatever the limit became."""
+    return jnp.where(jnp.isfinite(norm), coefficient, 1 / norm)
 
 
 class _Moments(NamedTuple):
@@ -216,8 +238,7 @@ def zclip(
         new_mean = mean + rate * (kept - mean)
         spread = jnp.where(warm, jnp.square(kept - new_mean), (kept - mean) * (kept - new_mean))
         memory = _Moments(new_mean, variance + rate * (spread - variance), count + 1)
-        coefficient = jnp.where(outlier, shrinking(norm, cut), 1)
-        coefficient = jnp.where(jnp.isfinite(norm), coefficient, norm * 0)
+        coefficient = _of_finite(jnp.where(outlier, shrinking(norm, cut), 1), norm)
         return Clipped(coefficient, norm, coefficient * norm, memory)
 
     def memory(params: Any) -> _Moments:
@@ -296,7 +317,7 @@ def adagc(
         new = jnp.where(known, new, after)
         new = jnp.where(own > 0, new, gammas)
         memory = _Gammas(new, count + 1)
-        return Clipped(list(coefficients), norm, whole_norm(after), memory)
+        return Clipped(coefficients, norm, whole_norm(after), memory)
 
     def memory(params: Any) -> _Gammas:
         leaves = jax.tree.leaves(params)

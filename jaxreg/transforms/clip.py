@@ -25,7 +25,7 @@ class ClipState(NamedTuple):
     Attributes:
         norm: the global norm before clipping, float32 (float64 for 64-bit parameters).
         clipped_norm: the global norm after it.
-        coefficients: what the leaves were multiplied by: one scalar for all, or a tuple of one
+        coefficients: what the leaves were multiplied by: one scalar for all, or a vector of one
             for each leaf. In [0, 1]; NaN where the norm is.
         count: the number of steps, int32.
         clipped: of steps that were clipped, int32.
@@ -35,7 +35,7 @@ class ClipState(NamedTuple):
 
     norm: jax.Array
     clipped_norm: jax.Array
-    coefficients: jax.Array | tuple[jax.Array, ...]
+    coefficients: jax.Array
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     clipped: jax.Array
     nonfinite: jax.Array
@@ -44,9 +44,7 @@ class ClipState(NamedTuple):
     @property
     def coefficient(self) -> jax.Array:
         """The smallest of the coefficients."""
-        if isinstance(self.coefficients, tuple):
-            return jnp.min(jnp.stack(self.coefficients), initial=1.0)
-        return self.coefficients
+        return jnp.min(self.coefficients, initial=1.0)
 
 
 class NonfiniteState(NamedTuple):
@@ -125,7 +123,7 @@ def clip(
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
 
-        each = tuple(one() for _ in leaves) if per_leaf and records else one()
+        each = jnp.ones(len(leaves) if per_leaf and records else (), dtype)
         return ClipState(0 * one(), 0 * one(), each, zero(), zero(), zero(), memory(params))
 
     def update(
@@ -148,7 +146,7 @@ def clip(
         raw = found.norm if on_nonfinite != "zero" else norms_of_groups([leaves], axis_name)[0]
         is_finite = jnp.isfinite(raw)
         each = found.coefficients
-        if isinstance(each, jax.Array):
+        if isinstance(each, jax.Array) and each.ndim == 0:
             each = [each] * len(leaves)
         clipped = [times(x, c) for x, c in zip(leaves, each, strict=True)]
         if on_nonfinite == "skip":
@@ -165,11 +163,7 @@ def _state(
     before: ClipState, found: Clipped, is_finite: jax.Array, per_leaf: bool, records: bool
 ) -> ClipState:
     dtype = before.norm.dtype
-    coefficients: Any = jnp.ones((), dtype)
-    if records and per_leaf:
-        coefficients = tuple(c.astype(dtype) for c in found.coefficients)
-    elif records:
-        coefficients = jnp.asarray(found.coefficients).astype(dtype)
+    coefficients = jnp.asarray(found.coefficients if records else 1.0).astype(dtype)
     norm, after = found.norm.astype(dtype), found.clipped_norm.astype(dtype)
     # What was not finite is not remembered: it would be for ever.
     memory = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), found.memory, before.memory)
@@ -186,8 +180,11 @@ def _state(
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """X * factor in x's dtype, rounded once."""
+    if jnp.iscomplexobj(x):
+        # Not as complex numbers: their product of an infinity and a real number has a NaN.
+        return jax.lax.complex(times(x.real, factor), times(x.imag, factor))
     dtype = _tree.wide_dtype(x.dtype)
-    return (x.astype(dtype) * factor.astype(_tree.real_dtype(dtype))).astype(x.dtype)
+    return (x.astype(dtype) * factor.astype(dtype)).astype(x.dtype)
 
 
 def finite(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.norms import AxisNames, bound_axes
+from jaxreg.norms import AxisNames, replicas, sharding_axes
 from jaxreg.transforms.clip import (
     POLICIES,
     Clipped,
@@ -17,6 +17,7 @@ from jaxreg.transforms.clip import (
     OnNonfinite,
     Seen,
     clip,
+    finite,
     nonfinite_state,
     policed,
     shrinking,
@@ -77,7 +78,8 @@ def clip_by_global_norm(
         if semantics == "jaxreg":
             norm = seen.norms([seen.leaves])[0]
         else:
-            norm = _plain_norm(seen.leaves, axis_name)
+            leaves = [*map(finite, seen.leaves)] if on_nonfinite == "zero" else seen.leaves
+            norm = _plain_norm(leaves, axis_name)
         limit = jnp.asarray(max_norm).astype(norm.dtype)
         coefficient = _COEFFICIENTS[semantics](norm, limit)
         return Clipped(coefficient, norm, jnp.where(norm == 0, 0, coefficient * norm))
@@ -87,7 +89,7 @@ def clip_by_global_norm(
 
 _COEFFICIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "jaxreg": shrinking,
-    "torch": lambda n, c: jnp.minimum(1, c / (n + 1e-6)),
+    "torch": lambda n, c: jnp.minimum(1, c * (1 / (n + 1e-6))),
     "optax": lambda n, c: jnp.where(n < c, 1, c / n),
     "keras": lambda n, c: c * jnp.minimum(1 / n, 1 / c) + (n - n),
 }
@@ -96,10 +98,9 @@ _COEFFICIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 def _plain_norm(leaves: list[jax.Array], axis_name: AxisNames | None) -> jax.Array:
     """The root of the sum of squares, which overflow and underflow."""
     dtype = _tree.widest_dtype(leaves)
-    total = sum(
-        (jnp.sum(jnp.square(jnp.abs(x).astype(dtype))) for x in leaves), jnp.zeros((), dtype)
-    )
-    names = bound_axes(axis_name)
+    names = sharding_axes(leaves, axis_name)
+    squares = (jnp.sum(jnp.square(jnp.abs(x).astype(dtype))) / replicas(x, names) for x in leaves)
+    total = sum(squares, jnp.zeros((), dtype))
     return jnp.sqrt(jax.lax.psum(total, names) if names else total)
 
 
@@ -137,7 +138,7 @@ def clip_by_leaf_norm(
     def rule(seen: Seen) -> Clipped:
         norms = seen.norms([[leaf] for leaf in seen.leaves])
         coefficients = shrinking(norms, max_norm)
-        return Clipped(list(coefficients), whole_norm(norms), whole_norm(coefficients * norms))
+        return Clipped(coefficients, whole_norm(norms), whole_norm(coefficients * norms))
 
     return clip(rule, on_nonfinite, axis_name, per_leaf=True)
 
@@ -198,9 +199,10 @@ def clip_by_group_norm(
         norms = seen.norms(
             [[x for x, k in zip(leaves, owners, strict=True) if k == n] for n in numbers]
         )
-        each = [shrinking(n, c) for n, c in zip(norms, [*limits, jnp.inf], strict=False)]
+        each = [shrinking(n, c) for n, c in zip(norms[:-1], limits, strict=True)]
+        each.append(jnp.ones_like(norms[-1]))
         after = jnp.stack(each) * norms
-        return Clipped([each[k] for k in owners], whole_norm(norms), whole_norm(after))
+        return Clipped(jnp.stack([each[k] for k in owners]), whole_norm(norms), whole_norm(after))
 
     def memory(params: Any) -> Any:
         groups_of(params)  # what does not fit is an error before the first step

@@ -88,7 +88,7 @@ def clip_update_rms(
             roots = jnp.sqrt(jnp.asarray(counts, judged.dtype))
             limit = jnp.asarray(max_rms).astype(judged.dtype) * roots
             each = shrinking(judged, limit).astype(norms.dtype)
-            return Clipped(list(each), whole_norm(norms), whole_norm(each * norms))
+            return Clipped(each, whole_norm(norms), whole_norm(each * norms))
 
         return rule
 

@@ -105,7 +105,7 @@ def _read(direction: Transformation, gains_of: Callable[[Transformation], Gains]
 
 def _gains_of_clip(state: ClipState, params: Any) -> list[Gain]:
     each = state.coefficients
-    return [*map(Gain, each)] if isinstance(each, tuple) else [Gain(each)] * _count(params)
+    return [*map(Gain, each)] if each.ndim else [Gain(each)] * _count(params)
 
 
 def _read_partition(closed: dict[str, Any], gains_of: Callable[[Transformation], Gains]) -> Reading:
@@ -201,6 +201,8 @@ class RecordedState(NamedTuple):
 _ONE_NUMBER_A_LEAF = (
     "optax.clip_by_global_norm",
     "optax.clip_by_block_rms",
+    "jaxreg.clip_by_global_norm",  # of jaxreg.compat.optax
+    "jaxreg.clip_by_block_rms",
     "optax.normalize_by_update_norm",
     "optax.scale_by_param_block_norm",
     "optax.scale_by_param_block_rms",
@@ -296,7 +298,12 @@ def _rms(centered: bool) -> _Reader:
     )
 
 
-_GAIN_ONE = ("optax.identity", "optax.add_decayed_weights", "jaxreg.l2_decay")
+_GAIN_ONE = (
+    "optax.identity",
+    "optax.add_decayed_weights",
+    "jaxreg.add_decayed_weights",
+    "jaxreg.l2_decay",
+)
 
 _READERS: dict[str, _Reader] = {
     "optax.scale": _Reader(

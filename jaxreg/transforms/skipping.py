@@ -61,7 +61,8 @@ def skip_step(
 
     Returns:
         An optax transformation with state `SkipState`. It selects between old and new state, with
-        no branch: under XLA on a CPU that copies the state of `inner` once.
+        no branch: XLA on a CPU copies the state of `inner` for it, which makes the step two to
+        three times as long. A clip with ``on_nonfinite="skip"`` costs nothing.
 
     Raises:
         ValueError: where an argument is out of its range.

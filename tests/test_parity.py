@@ -1,0 +1,136 @@
+"""Clips beside those of the libraries whose semantics they have, by these libraries' public calls.
+
+torch and Keras are in the extra ``parity``; ``.ci/run`` installs it and runs this file once more.
+"""
+
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxreg
+
+INF, NAN = np.inf, np.nan
+
+
+def torch_gradients(clip, grads, dtype):
+    torch = importlib.import_module("torch")
+    params = [torch.nn.Parameter(torch.zeros(len(g), dtype=getattr(torch, dtype))) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = torch.tensor(g, dtype=p.dtype)
+    clip(torch.nn.utils, params)
+    return [p.grad.to(torch.float64).numpy() for p in params]
+
+
+def keras_gradients(argument, limit, grads, dtype):
+    """The gradient that a step of SGD with the learning rate 1 takes from weights of 0."""
+    keras = importlib.import_module("keras")
+    weights = [keras.Variable(np.zeros(len(g)), dtype=dtype) for g in grads]
+    optimizer = keras.optimizers.SGD(1.0, **{argument: limit})
+    optimizer.apply([jnp.array(g, dtype) for g in grads], weights)
+    return [-np.asarray(w.value, np.float64) for w in weights]
+
+
+def optax_gradients(tx, grads, dtype):
+    grads = [jnp.array(g, dtype) for g in grads]
+    found, _ = tx.update(grads, tx.init(grads), None)
+    return [np.asarray(g, np.float64) for g in found]
+
+
+THEIRS = {
+    ("global", "torch"): lambda c, g, t: torch_gradients(
+        lambda utils, params: utils.clip_grad_norm_(params, c), g, t
+    ),
+    ("global", "optax"): lambda c, g, t: optax_gradients(optax.clip_by_global_norm(c), g, t),
+    ("global", "keras"): lambda c, g, t: keras_gradients("global_clipnorm", c, g, t),
+    ("value", "torch"): lambda c, g, t: torch_gradients(
+        lambda utils, params: utils.clip_grad_value_(params, c), g, t
+    ),
+    ("value", "optax"): lambda c, g, t: optax_gradients(optax.clip(c), g, t),
+    ("value", "keras"): lambda c, g, t: keras_gradients("clipvalue", c, g, t),
+    ("leaf", "keras"): lambda c, g, t: keras_gradients("clipnorm", c, g, t),
+}
+OURS = {
+    "global": lambda library, c: jaxreg.clip_by_global_norm(c, semantics=library),
+    "value": lambda library, c: jaxreg.clip_by_value(c),
+    "leaf": lambda library, c: jaxreg.clip_by_leaf_norm(c),
+}
+
+RNG = np.random.default_rng(0)
+ORDINARY = [RNG.normal(size=n).tolist() for n in (5, 1, 40)]
+# Gradients, limit, and dtype.
+CASES = {
+    "above": ([[3.0], [4.0]], 1.0, "float32"),
+    "at": ([[3.0, 4.0]], 5.0, "float32"),
+    "below": ([[3.0, 4.0]], 6.0, "float32"),
+    "small": ([[3e-6], [4e-6]], 5e-6, "float32"),
+    "ordinary": (ORDINARY, 0.7, "float32"),
+    "bfloat16": (ORDINARY, 0.7, "bfloat16"),
+    "infinity": ([[INF, 1.0], [2.0]], 1.0, "float32"),
+    "nan": ([[NAN, 1.0], [2.0]], 1.0, "float32"),
+    "overflow": ([[3e30, 4e30], [1e30]], 1.0, "float32"),
+    "zero": ([[0.0, 0.0], [0.0]], 1.0, "float32"),
+}
+# The clips of single entries and leaves have one meaning, whose norms do not overflow.
+SAME = {
+    "value": list(CASES),
+    "leaf": ["above", "at", "below", "small", "ordinary", "bfloat16", "nan", "zero"],
+}
+ROWS = [
+    (clip, library, case)
+    for clip, library in THEIRS
+    for case in (CASES if clip == "global" else SAME[clip])
+]
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Skips where a library is not installed."""
+
+    def need(name):
+        monkeypatch.setenv("KERAS_BACKEND", "jax")  # read when Keras is first imported
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra [parity]")
+        if name == "keras":
+            assert importlib.import_module("keras").backend.backend() == "jax"
+
+    return need
+
+
+@pytest.mark.parametrize(("clip", "library", "case"), ROWS)
+def test_clips_as_the_library_itself_does(clip, library, case, libraries):
+    libraries(library)
+    grads, limit, dtype = CASES[case]
+    theirs = THEIRS[clip, library](limit, grads, dtype)
+    ours = optax_gradients(OURS[clip](library, limit), grads, dtype)
+    # bf16: torch and optax round the norm, the coefficient and their product; jaxreg the last.
+    rounding = 2.0**-6 if dtype == "bfloat16" else 2e-7
+    for own, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=rounding)
+
+
+# What the rows above find the libraries to do, so that a change of theirs is seen as one.
+TABLE = {
+    ("torch", "at"): [2.9999993, 3.999999],
+    ("optax", "at"): [3.0, 4.0],
+    ("keras", "at"): [3.0, 4.0],
+    ("torch", "small"): [2.5e-6, 3.3333333e-6],
+    ("optax", "small"): [3e-6, 4e-6],
+    ("keras", "small"): [3e-6, 4e-6],
+    ("torch", "infinity"): [NAN, 0.0, 0.0],
+    ("optax", "infinity"): [NAN, 0.0, 0.0],
+    ("keras", "infinity"): [NAN, NAN, NAN],
+    ("torch", "overflow"): [0.0, 0.0, 0.0],
+    ("optax", "overflow"): [0.0, 0.0, 0.0],
+    ("keras", "overflow"): [NAN, NAN, NAN],
+    **{(library, "zero"): [0.0, 0.0, 0.0] for library in ("torch", "optax", "keras")},
+    **{(library, "nan"): [NAN, NAN, NAN] for library in ("torch", "optax", "keras")},
+}
+
+
+@pytest.mark.parametrize(("library", "case"), TABLE)
+def test_each_semantics_gives_what_the_table_of_the_libraries_says(library, case):
+    grads, limit, dtype = CASES[case]
+    found = optax_gradients(OURS["global"](library, limit), grads, dtype)
+    np.testing.assert_allclose(np.concatenate(found), TABLE[library, case], rtol=2e-7)
