@@ -165,10 +165,12 @@ class _Sums:
         plain = self.total([self._squares(x) for x in self.leaves])
         down, up = self._scales
         scales = jnp.where(plain < 1, up, down).astype(self.dtype)
+        # Out here, as a gather inside the branch can't be mapped inside shard_map (jax 0.10).
+        of_leaves = scales[np.asarray(self.owners)]
 
         def scaled() -> jax.Array:
             # One number a leaf: what leaves of one shape share XLA would write out in that shape.
-            each = jax.lax.optimization_barrier(scales[np.asarray(self.owners)])
+            each = jax.lax.optimization_barrier(of_leaves)
             sums = self.total([self._squares(x, each[i]) for i, x in enumerate(self.leaves)])
             return jnp.where(self._in_range(plain), jnp.sqrt(plain), jnp.sqrt(sums) / scales)
 

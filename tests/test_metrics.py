@@ -1,0 +1,120 @@
+"""What an optimizer's state tells of its last step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxreg
+
+pytestmark = pytest.mark.core
+
+PARAMS = {"a": jnp.ones(2), "b": jnp.ones(1)}
+GRADS = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}  # norms 5, 12, and 13 of all
+CLIP = ["norm", "clipped_norm", "coefficient", "clip_rate", "nonfinite"]
+SKIP = ["norm", "limit", "skipped", "nonfinite"]
+
+
+def state_of(tx, *steps):
+    state = tx.init(PARAMS)
+    for grads in steps or (GRADS,):
+        _, state = tx.update(grads, state, PARAMS)
+    return state
+
+
+def told(tx, *steps):
+    return {name: float(x) for name, x in jaxreg.metrics(state_of(tx, *steps)).items()}
+
+
+def of(prefix, *values, names=CLIP):
+    values = [pytest.approx(v, rel=1e-5) for v in values]
+    return {f"{prefix}.{n}": v for n, v in zip(names, values, strict=True)}
+
+
+ONE = of("clip", 13, 1, 1 / 13, 1, 0)
+TRANSFORMATIONS = {
+    "clip": (jaxreg.clip_by_global_norm(1.0), ONE),
+    "regularize": (
+        jaxreg.regularize(optax.scale_by_adam(), 0.1, clip=1.0, penalty=jaxreg.L1(0.1).on("**")),
+        ONE,
+    ),
+    "with decay": (
+        jaxreg.regularize(
+            optax.scale_by_adam(), 0.1, clip=1.0, decay=jaxreg.weight_decay(0.1, where="a")
+        ),
+        ONE,
+    ),
+    "two in a chain": (
+        optax.chain(jaxreg.clip_by_global_norm(6.5), jaxreg.clip_by_leaf_norm(3.0)),
+        of("clip0", 13, 6.5, 0.5, 1, 0) | of("clip1", 6.5, np.hypot(2.5, 3), 0.5, 1, 0),
+    ),
+    "masked": (
+        optax.masked(jaxreg.clip_by_global_norm(1.0), {"a": True, "b": False}),
+        of("clip", 5, 1, 0.2, 1, 0),
+    ),
+    "multi_transform": (
+        optax.multi_transform(
+            {"x": jaxreg.clip_by_global_norm(1.0), "y": jaxreg.clip_by_global_norm(24.0)},
+            {"a": "x", "b": "y"},
+        ),
+        of("clip0", 5, 1, 0.2, 1, 0) | of("clip1", 12, 12, 1, 0, 0),
+    ),
+    "MultiSteps": (optax.MultiSteps(jaxreg.clip_by_global_norm(1.0), 1), ONE),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(jaxreg.clip_by_global_norm)(max_norm=lambda count: 1.0),
+        ONE,
+    ),
+    "apply_if_finite": (optax.apply_if_finite(jaxreg.clip_by_global_norm(1.0), 3), ONE),
+    "skip_step": (
+        jaxreg.skip_step(jaxreg.regularize(optax.scale_by_adam(), 0.1, clip=1.0)),
+        of("skip", 13, np.inf, 0, 0, names=SKIP) | ONE,
+    ),
+    "adaptive_clip": (  # one coefficient a unit is not kept
+        jaxreg.adaptive_clip(0.1),
+        of("clip", 13, 0.1 * 3**0.5, 1, 1, 0),
+    ),
+    "clip_by_value": (jaxreg.clip_by_value(1.0), {"clip.nonfinite": 0}),
+    "clip_update_rms": (jaxreg.clip_update_rms(6.0), of("clip", 13, np.hypot(5, 6), 0.5, 1, 0)),
+    "clip_update_rms around adam": (
+        jaxreg.clip_update_rms(0.5, direction=optax.scale_by_adam()),
+        of("clip", 3**0.5, 3**0.5 / 2, 0.5, 1, 0),
+    ),
+    "spike_aware_clip": (jaxreg.spike_aware_clip(optax.scale_by_adam()), {"clip.nonfinite": 0}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_names_and_values(name):
+    tx, expected = TRANSFORMATIONS[name]
+    assert told(tx) == expected
+    state = state_of(tx)
+    under_jit = jax.jit(jaxreg.metrics)(state)
+    assert {n: float(x) for n, x in under_jit.items()} == pytest.approx(expected)
+    assert all(jnp.shape(x) == () for x in under_jit.values())
+
+
+def test_rates_and_counts_are_over_all_steps():
+    small, bad = jax.tree.map(lambda g: g / 100, GRADS), jax.tree.map(lambda g: g * jnp.nan, GRADS)
+    tx = jaxreg.clip_by_global_norm(1.0, on_nonfinite="skip")
+    found = told(tx, GRADS, small, GRADS, bad, small)
+    assert found["clip.clip_rate"] == pytest.approx(0.4)
+    assert found["clip.nonfinite"] == 1
+    tx = jaxreg.skip_step(optax.sgd(0.1), window=2)
+    found = told(tx, small, small, bad, GRADS, GRADS)
+    assert (found["skip.skipped"], found["skip.nonfinite"]) == (2, 1)
+    assert found["skip.norm"] == 13
+    tx = jaxreg.clip_by_value(1.0, on_nonfinite="skip")
+    assert told(tx, bad, GRADS) == {"clip.nonfinite": 1}
+
+
+def test_before_the_first_step_there_are_numbers_already():
+    state = jaxreg.clip_by_global_norm(1.0).init(PARAMS)
+    found = {name: float(x) for name, x in jaxreg.metrics(state).items()}
+    assert found == of("clip", 0, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.identity(), optax.clip_by_global_norm(1.0)])
+def test_plain_optax_tells_nothing(tx):
+    assert jaxreg.metrics(tx.init(PARAMS)) == {}
+    assert jax.jit(jaxreg.metrics)(tx.init(PARAMS)) == {}
