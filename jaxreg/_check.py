@@ -182,7 +182,10 @@ def is_whole(value: Any) -> bool:
 def whole_number(name: str, value: Any, at_least: int) -> int:
     """A whole number >= `at_least`."""
     if not is_whole(value) or value < at_least:
-        raise ArgumentError(name, describe(value), f"a whole number >= {at_least}")
+        accepted = f"a whole number >= {at_least}"
+        if hasattr(value, "dtype"):
+            accepted += f' (under optax.inject_hyperparams with static_args="{name}")'
+        raise ArgumentError(name, describe(value), accepted)
     return int(value)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _tree
+from jaxreg import _check, _tree
 from jaxreg.transforms.clip import ClipState, NonfiniteState
 from jaxreg.transforms.skipping import SkipState
 
@@ -25,8 +25,13 @@ def metrics(opt_state: Any) -> Scalars:
         Of a clip ``norm``, ``clipped_norm`` and ``coefficient`` (the smallest one) in the last
         step, ``clip_rate``, the share of steps so far that were clipped, and ``nonfinite``, the
         number of those with an infinity or a NaN; of `jaxreg.skip_step` ``norm``, ``limit``,
-        ``skipped`` and ``nonfinite`` (counts). The names begin with ``clip.`` or ``skip.``, and
-        with ``clip0.``, ``clip1.``, ... where there are several, from the outermost on.
+        ``skipped`` and ``nonfinite`` (counts). Of clips that cut entries (`jaxreg.clip_by_value`,
+        `jaxreg.spike_aware_clip`) ``nonfinite`` under "skip", and nothing else. The names begin
+        with ``clip.`` or ``skip.``, and with ``clip0.``, ``clip1.``, ... where there are several,
+        in the order of the state.
+
+    Raises:
+        ValueError: for a transformation in place of its state.
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> tx = jaxreg.regularize(optax.scale_by_adam(), 1e-3, clip=1.0)
@@ -36,6 +41,9 @@ def metrics(opt_state: Any) -> Scalars:
     {'clip.norm': 5.0, 'clip.clipped_norm': 1.0, 'clip.coefficient': 0.2, 'clip.clip_rate': 1.0,
      'clip.nonfinite': 0.0}
     """
+    if _check.is_transformation(opt_state):
+        accepted = "its state, such as tx.init(params)"
+        raise _check.ArgumentError("opt_state", "a transformation", accepted)
     found: dict[str, list[Scalars]] = {}
     for name, scalars in _found(opt_state):
         found.setdefault(name, []).append(scalars)

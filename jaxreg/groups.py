@@ -75,6 +75,8 @@ class Grouping(abc.ABC):
 
 def norms(arrays: Sequence[tuple[Grouping, jax.Array]]) -> list[jax.Array]:
     """The norm of each group of several arrays, as `Grouping.norm`, with one branch for all."""
+    if not arrays:
+        return []
     squares = [groups.sum(jnp.square(x)) for groups, x in arrays]
     in_range = jnp.stack([jnp.all(of_groups < jnp.inf) for of_groups in squares]).all()
     return jax.lax.cond(

@@ -2,8 +2,9 @@ r"""Norms of trees that are right in every precision.
 
 Squares are summed in float32 at least. Where the sum over- or underflows, a second one is taken of
 the entries times a power of two; so the usual case reads each entry once. On a CPU the second sum
-is made only when it is needed. Elsewhere a branch would stop the queue of kernels, while sums that
-share a pass over memory cost nothing more: there all are made, and the right one is selected.
+is made only when it is needed (a sum of 0 may be one that underflowed, too). Elsewhere a branch
+would stop the queue of kernels, while sums that share a pass over memory cost nothing more: there
+all are made, and the right one is selected.
 """
 
 import math

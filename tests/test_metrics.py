@@ -70,17 +70,17 @@ TRANSFORMATIONS = {
         jaxreg.skip_step(jaxreg.regularize(optax.scale_by_adam(), 0.1, clip=1.0)),
         of("skip", 13, np.inf, 0, 0, names=SKIP) | ONE,
     ),
-    "adaptive_clip": (  # one coefficient a unit is not kept
+    "adaptive_clip": (  # the smallest of its units
         jaxreg.adaptive_clip(0.1),
-        of("clip", 13, 0.1 * 3**0.5, 1, 1, 0),
+        of("clip", 13, 0.1 * 3**0.5, 0.1 / 12, 1, 0),
     ),
-    "clip_by_value": (jaxreg.clip_by_value(1.0), {"clip.nonfinite": 0}),
+    "clip_by_value": (jaxreg.clip_by_value(1.0), {}),
     "clip_update_rms": (jaxreg.clip_update_rms(6.0), of("clip", 13, np.hypot(5, 6), 0.5, 1, 0)),
     "clip_update_rms around adam": (
         jaxreg.clip_update_rms(0.5, direction=optax.scale_by_adam()),
         of("clip", 3**0.5, 3**0.5 / 2, 0.5, 1, 0),
     ),
-    "spike_aware_clip": (jaxreg.spike_aware_clip(optax.scale_by_adam()), {"clip.nonfinite": 0}),
+    "spike_aware_clip": (jaxreg.spike_aware_clip(optax.scale_by_adam()), {}),
 }
 
 

@@ -233,3 +233,13 @@ def test_micro_batches_bound_the_memory():
     whole, parts = temporary(None), temporary(4)
     assert whole > 64 * 64 * 64 * 4  # one gradient an example, at least of one leaf
     assert parts < whole / 6
+
+
+def test_noise_of_complex_parameters_has_its_deviation_in_both_parts():
+    gradient = jaxreg.per_example_clip(
+        lambda w, x: jnp.sum(jnp.abs(w)) * 0 * x, 1.0, noise_multiplier=1.0
+    )
+    w = jnp.ones(20_000, jnp.complex64)
+    noise, _ = gradient(w, jnp.zeros(1), key=jax.random.key(0))
+    for part in (noise.real, noise.imag):
+        assert float(jnp.std(part)) == pytest.approx(1.0, rel=0.03)

@@ -125,7 +125,7 @@ CLIPS = {
     "clip_by_group_norm": lambda **kw: jaxreg.clip_by_group_norm({"?o*": 0.5, "x": 0.1}, **kw),
     "clip_update_rms": lambda **kw: jaxreg.clip_update_rms(0.1, **kw),
     "autoclip": lambda **kw: jaxreg.autoclip(10, **kw),
-    "zclip": lambda **kw: jaxreg.zclip(warm_up=1, **kw),
+    "zclip": lambda **kw: jaxreg.zclip(warm_up=2, **kw),
     "adagc": lambda **kw: jaxreg.adagc(**kw),
 }
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg import _check, _tree, norms
+from jaxreg import _check, _tree, norms, where
 from jaxreg import groups as _groups
 from jaxreg.compat import _numbers
 from jaxreg.compat._numbers import Number
@@ -259,7 +259,7 @@ def add_decayed_weights(
     Args:
         weight_decay: a finite number, a traced scalar, or a schedule.
         mask: a tree of bools, True for leaves to decay, which may be a prefix of the parameters'
-            tree; or a function of the parameters that gives one. None for all leaves.
+            tree; a function of the parameters that gives one; or a selector. None for all leaves.
 
     Returns:
         An optax transformation. ``update`` needs ``params``.
@@ -276,6 +276,7 @@ def add_decayed_weights(
     """
     scheduled = _check.is_schedule(weight_decay)
     strength = weight_decay if scheduled else _check.finite("weight_decay", weight_decay)
+    mask = where.as_selector(mask).mask if isinstance(mask, (where.Selector, str)) else mask
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
         accepted = "a tree of bools, a function of params that gives one, or None for all leaves"
         accepted += ' (in optax.inject_hyperparams: static_args="mask")'

@@ -66,8 +66,8 @@ def adaptive_clip(
     ratio, eps = _check.positive_finite("ratio", ratio), _check.positive_finite("eps", eps)
     rule_of_units, selector = _groups.as_groups("units", units), _where.as_selector(where)
 
-    def grouping(leaf: jax.Array) -> _groups.Grouping:
-        own = rule_of_units if leaf.ndim > 1 else _groups.whole
+    def grouping(leaf: jax.Array, clipped: bool) -> _groups.Grouping:
+        own = rule_of_units if clipped and leaf.ndim > 1 else _groups.whole
         try:
             return own.of(leaf.shape)
         except _check.ArgumentError as error:
@@ -76,7 +76,7 @@ def adaptive_clip(
     def rule(seen: Seen) -> Clipped:
         chosen = jax.tree.leaves(selector.mask(seen.updates))
         grads = [finite(g) if on_nonfinite == "zero" else g for g in seen.leaves]
-        units = [grouping(g) for g in grads]
+        units = [grouping(g, yes) for g, yes in zip(grads, chosen, strict=True)]
         sizes = [_tree.widen(_real(x)) for x in (*grads, *seen.params)]
         found = _groups.norms([*zip([*units, *units], sizes, strict=True)])
         before, weights = found[: len(grads)], found[len(grads) :]
@@ -93,9 +93,9 @@ def adaptive_clip(
         return shrinking(jnp.maximum(norm, _LEAST_NORM), limit)
 
     def memory(params: Any) -> Any:
-        selector.mask(params)
-        for leaf in jax.tree.leaves(params):
-            grouping(leaf)
+        chosen = jax.tree.leaves(selector.mask(params))
+        for leaf, yes in zip(jax.tree.leaves(params), chosen, strict=True):
+            grouping(leaf, yes)
         return ()
 
     return clip(rule, on_nonfinite, memory=memory, records=False, needs_params=True)
@@ -195,7 +195,7 @@ def zclip(
     Args:
         z: the score above which a norm is cut, > 0, or a traced scalar.
         decay: of mean and variance, in [0, 1), or a traced scalar.
-        warm_up: the number of steps whose norms give the first mean and variance, >= 1; nothing is
+        warm_up: the number of steps whose norms give the first mean and variance, >= 2; nothing is
             cut in them.
         eps: > 0.
         axis_name: as in `jaxreg.clip_by_global_norm`.
@@ -220,7 +220,7 @@ def zclip(
     """
     z, eps = _check.positive_finite("z", z), _check.positive_finite("eps", eps)
     decay = _check.fraction("decay", decay)
-    warm_up = _check.whole_number("warm_up", warm_up, at_least=1)
+    warm_up = _check.whole_number("warm_up", warm_up, at_least=2)
 
     def rule(seen: Seen) -> Clipped:
         norm = seen.norms([seen.leaves])[0]
@@ -237,7 +237,10 @@ def zclip(
         rate = jnp.where(warm, 1 - share, 1 / (count.astype(n.dtype) + 1))
         new_mean = mean + rate * (kept - mean)
         spread = jnp.where(warm, jnp.square(kept - new_mean), (kept - mean) * (kept - new_mean))
-        memory = _Moments(new_mean, variance + rate * (spread - variance), count + 1)
+        new = _Moments(new_mean, variance + rate * (spread - variance), count + 1)
+        # A norm whose square overflows would make every later score NaN.
+        usable = jnp.isfinite(new.variance)
+        memory = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, seen.memory)
         coefficient = _of_finite(jnp.where(outlier, shrinking(norm, cut), 1), norm)
         return Clipped(coefficient, norm, coefficient * norm, memory)
 
@@ -270,7 +273,8 @@ def adagc(
     clipped to `max_norm` instead, and $\gamma_l$ is the least clipped norm of the leaf.
 
     A leaf without a gradient (of norm 0) keeps its $\gamma_l$: in the source it would fall to 0,
-    and the leaf could not move again.
+    and the leaf could not move again. The first gradient of a leaf is not clipped if it comes
+    later than that.
 
     Args:
         ratio: a number > 1, or a traced scalar: a norm can grow by it from step to step.

@@ -26,7 +26,8 @@ class ClipState(NamedTuple):
         norm: the global norm before clipping, float32 (float64 for 64-bit parameters).
         clipped_norm: the global norm after it.
         coefficients: what the leaves were multiplied by: one scalar for all, or a vector of one
-            for each leaf. In [0, 1]; NaN where the norm is.
+            for each leaf; of a clip by units the smallest. In [0, 1], 0 for a gradient that was
+            skipped, and NaN where the norm is.
         count: the number of steps, int32.
         clipped: of steps that were clipped, int32.
         nonfinite: of steps with an infinite norm or a NaN, int32.
@@ -48,14 +49,12 @@ class ClipState(NamedTuple):
 
 
 class NonfiniteState(NamedTuple):
-    """What a clip that cuts entries saw under "skip": counts of steps, int32 scalars.
+    """What a clip that cuts entries keeps under "skip".
 
     Attributes:
-        count: all steps.
-        nonfinite: those with an infinity or a NaN.
+        nonfinite: the number of steps with an infinity or a NaN, an int32 scalar.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     nonfinite: jax.Array
 
 
@@ -117,34 +116,40 @@ def clip(
         dtype = _tree.widest_dtype(leaves)
 
         # An array for each number: one that is there twice could not be donated.
-        def one() -> jax.Array:
-            return jnp.ones((), dtype)
-
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
 
         each = jnp.ones(len(leaves) if per_leaf and records else (), dtype)
-        return ClipState(0 * one(), 0 * one(), each, zero(), zero(), zero(), memory(params))
+        norms = jnp.zeros((), dtype), jnp.zeros((), dtype)
+        return ClipState(*norms, each, zero(), zero(), zero(), memory(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipState]:
         leaves, treedef = jax.tree.flatten(updates)
         own = treedef.flatten_up_to(_check.params_given(params)) if needs_params else []
+        if per_leaf and records and len(leaves) != state.coefficients.size:
+            given, accepted = f"{len(leaves)} leaves", f"{state.coefficients.size}, as at init"
+            raise _check.ArgumentError("updates", given, accepted)
+        finite_norms: list[jax.Array] = []
 
         def norms(groups: Sequence[Sequence[jax.Array]]) -> jax.Array:
             found = norms_of_groups(groups, axis_name)
+            finite_norms.append(jnp.all(jnp.isfinite(found)))
             if on_nonfinite != "zero":
                 return found
             cleaned = lambda: norms_of_groups(  # noqa: E731
                 [[finite(x) for x in group] for group in groups], axis_name
             )
-            return jax.lax.cond(jnp.all(jnp.isfinite(found)), lambda: found, cleaned)
+            return jax.lax.cond(finite_norms[-1], lambda: found, cleaned)
 
         found = rule(Seen(updates, own, state.memory, norms))
         # One norm serves the clip, the check for infinities and NaNs, and the log.
-        raw = found.norm if on_nonfinite != "zero" else norms_of_groups([leaves], axis_name)[0]
-        is_finite = jnp.isfinite(raw)
+        is_finite = jnp.isfinite(found.norm)
+        if on_nonfinite == "zero":
+            is_finite = (finite_norms or [jnp.isfinite(norms_of_groups([leaves], axis_name)[0])])[0]
+        if on_nonfinite == "skip":
+            found = found._replace(clipped_norm=jnp.where(is_finite, found.clipped_norm, 0))
         each = found.coefficients
         if isinstance(each, jax.Array) and each.ndim == 0:
             each = [each] * len(leaves)
@@ -154,16 +159,22 @@ def clip(
         elif on_nonfinite == "zero":
             pairs = zip(clipped, leaves, strict=True)
             clipped = [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs]
-        return treedef.unflatten(clipped), _state(state, found, is_finite, per_leaf, records)
+        after = _state(state, found, is_finite, records)
+        if on_nonfinite == "skip":  # A proximal step takes the coefficients for its gain.
+            after = after._replace(coefficients=jnp.where(is_finite, after.coefficients, 0))
+        return treedef.unflatten(clipped), after
 
     return optax.GradientTransformation(init, update)
 
 
-def _state(
-    before: ClipState, found: Clipped, is_finite: jax.Array, per_leaf: bool, records: bool
-) -> ClipState:
+def _state(before: ClipState, found: Clipped, is_finite: jax.Array, records: bool) -> ClipState:
     dtype = before.norm.dtype
-    coefficients = jnp.asarray(found.coefficients if records else 1.0).astype(dtype)
+    if records:
+        coefficients = jnp.asarray(found.coefficients).astype(dtype)
+    else:
+        least = [jnp.min(c, initial=1.0).astype(dtype) for c in found.coefficients]
+        coefficients = jnp.min(jnp.stack([jnp.ones((), dtype), *least]))
+    was_clipped = jnp.any(coefficients < 1)
     norm, after = found.norm.astype(dtype), found.clipped_norm.astype(dtype)
     # What was not finite is not remembered: it would be for ever.
     memory = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), found.memory, before.memory)
@@ -172,7 +183,7 @@ def _state(
         after,
         coefficients,
         jnp.asarray(optax.safe_increment(before.count)),
-        before.clipped + (after < norm).astype(jnp.int32),
+        before.clipped + was_clipped.astype(jnp.int32),
         before.nonfinite + (~is_finite).astype(jnp.int32),
         memory,
     )
@@ -203,18 +214,20 @@ def whole_norm(norms: jax.Array) -> jax.Array:
     return norms_of_groups([[norms]])[0].astype(norms.dtype)
 
 
-def nonfinite_state() -> NonfiniteState:
-    """Before the first step."""
-    return NonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+def nonfinite_state(on_nonfinite: OnNonfinite) -> Any:
+    """The state before the first step of a clip that cuts entries."""
+    if on_nonfinite == "skip":
+        return NonfiniteState(jnp.zeros((), jnp.int32))
+    return optax.EmptyState()
 
 
 def policed(
     cut: list[jax.Array],
     leaves: list[jax.Array],
-    state: NonfiniteState,
+    state: Any,
     on_nonfinite: OnNonfinite,
     axis_name: AxisNames | None,
-) -> tuple[list[jax.Array], NonfiniteState]:
+) -> tuple[list[jax.Array], Any]:
     """Leaves whose entries were cut, by the policy; only "skip" has to look at all of them."""
     if on_nonfinite == "zero":
         pairs = zip(cut, leaves, strict=True)
@@ -222,6 +235,5 @@ def policed(
     if on_nonfinite == "propagate":
         return cut, state
     is_finite = jnp.isfinite(norms_of_groups([leaves], axis_name)[0])
-    count = jnp.asarray(optax.safe_increment(state.count))
-    after = NonfiniteState(count, state.nonfinite + (~is_finite).astype(jnp.int32))
+    after = NonfiniteState(state.nonfinite + (~is_finite).astype(jnp.int32))
     return [jnp.where(is_finite, x, 0) for x in cut], after

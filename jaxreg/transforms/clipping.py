@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxreg import _check, _tree
@@ -13,7 +14,6 @@ from jaxreg.norms import AxisNames, replicas, sharding_axes
 from jaxreg.transforms.clip import (
     POLICIES,
     Clipped,
-    NonfiniteState,
     OnNonfinite,
     Seen,
     clip,
@@ -73,6 +73,8 @@ def clip_by_global_norm(
     """
     max_norm = _check.positive("max_norm", max_norm)
     _check.choice("semantics", semantics, _COEFFICIENTS)
+    if semantics == "keras":
+        max_norm = _check.positive_finite("max_norm", max_norm)
 
     def rule(seen: Seen) -> Clipped:
         if semantics == "jaxreg":
@@ -202,7 +204,8 @@ def clip_by_group_norm(
         each = [shrinking(n, c) for n, c in zip(norms[:-1], limits, strict=True)]
         each.append(jnp.ones_like(norms[-1]))
         after = jnp.stack(each) * norms
-        return Clipped(jnp.stack([each[k] for k in owners]), whole_norm(norms), whole_norm(after))
+        coefficients = jnp.stack(each)[np.array(owners, int)]
+        return Clipped(coefficients, whole_norm(norms), whole_norm(after))
 
     def memory(params: Any) -> Any:
         groups_of(params)  # what does not fit is an error before the first step
@@ -229,8 +232,8 @@ def clip_by_value(
             `jaxreg.clip_by_global_norm`.
 
     Returns:
-        An optax transformation whose state is a `NonfiniteState`, which counts under "skip" alone:
-        the other policies have no need to look at the whole gradient first.
+        An optax transformation without state, but for "skip", which has to look at the whole
+        gradient first and counts in a `NonfiniteState`.
 
     Raises:
         ValueError: as `jaxreg.clip_by_global_norm` does.
@@ -244,9 +247,9 @@ def clip_by_value(
     max_value = _check.positive("max_value", max_value)
     _check.choice("on_nonfinite", on_nonfinite, POLICIES)
 
-    def init(params: optax.Params) -> NonfiniteState:
+    def init(params: optax.Params) -> Any:
         _tree.check_floating("params", params)
-        return nonfinite_state()
+        return nonfinite_state(on_nonfinite)
 
     def cut(x: jax.Array) -> jax.Array:
         dtype = _tree.wide_dtype(x.dtype)
@@ -257,7 +260,7 @@ def clip_by_value(
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, NonfiniteState]:
+    ) -> tuple[optax.Updates, Any]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         clipped, after = policed([*map(cut, leaves)], leaves, state, on_nonfinite, axis_name)

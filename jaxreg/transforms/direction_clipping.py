@@ -12,10 +12,12 @@ from jaxreg.transforms import reading as _reading
 from jaxreg.transforms.clip import (
     POLICIES,
     Clipped,
+    NonfiniteState,
     OnNonfinite,
     Rule,
     Seen,
     clip,
+    finite,
     nonfinite_state,
     policed,
     shrinking,
@@ -53,7 +55,8 @@ def clip_update_rms(
         max_rms: a number > 0, or a traced scalar; 1 in both sources.
         direction: such as ``optax.scale_by_adam()``, or None.
         axis_name: as in `jaxreg.clip_by_global_norm`.
-        on_nonfinite: likewise.
+        on_nonfinite: likewise; with a direction it is the gradient that is skipped, or whose
+            entries are zero.
 
     Returns:
         An optax transformation; its state is a `ClipState` with one coefficient a leaf, beside
@@ -107,13 +110,23 @@ def clip_update_rms(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ClippedDirectionState]:
-        grads = jax.tree.leaves(updates)
-        moved, inner = read.direction.update(updates, state.direction, params, **extra_args)
+        grads, treedef = jax.tree.flatten(updates)
+        # Before the direction, whose moments would keep what is not finite.
+        counted = NonfiniteState(state.clip.nonfinite)
+        if on_nonfinite == "zero":
+            grads = [*map(finite, grads)]
+        grads, counted = policed(grads, grads, counted, on_nonfinite, axis_name)
+        moved, inner = read.direction.update(
+            treedef.unflatten(grads), state.direction, params, **extra_args
+        )
         ratios = [
             _over(_tree.widen(g), d)
             for g, d in zip(grads, _divisors(read, inner, moved), strict=True)
         ]
+        seen: Any
         clipped, seen = clip_of(ratios).update(moved, state.clip, params)
+        if on_nonfinite == "skip":
+            seen = seen._replace(nonfinite=counted.nonfinite)
         return clipped, ClippedDirectionState(inner, seen)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -162,7 +175,7 @@ def spike_aware_clip(
     def init(params: optax.Params) -> ClippedDirectionState:
         state = read.direction.init(params)
         _refuse_without_moments(read, state, params)
-        return ClippedDirectionState(state, nonfinite_state())
+        return ClippedDirectionState(state, nonfinite_state(on_nonfinite))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

@@ -74,6 +74,9 @@ def per_example_clip(
     >>> [round(float(g), 4) for g in grads], round(float(seen.clipped), 4)
     ([0.3333, 0.1], 0.3333)
     """
+    if not callable(loss):
+        accepted = "a function (params, *example) -> scalar"
+        raise _check.ArgumentError("loss", _check.describe(loss), accepted)
     max_norm = _check.positive("max_norm", max_norm)
     noise_multiplier = _check.nonnegative("noise_multiplier", noise_multiplier)
     if micro_batch is not None:
@@ -119,6 +122,8 @@ def per_example_clip(
             keys = [jax.random.fold_in(key, i) for i in range(len(sums))]
             pairs = zip(keys, sums, strict=True)
             noises = [jax.random.normal(k, g.shape, g.dtype) for k, g in pairs]
+            # Of a complex number JAX draws both parts with half of the variance.
+            noises = [n * 2**0.5 if jnp.iscomplexobj(n) else n for n in noises]
             sums = [g + deviation.astype(g.dtype) * n for g, n in zip(sums, noises, strict=True)]
         leaves, treedef = jax.tree.flatten(params)
         means = [(g / size).astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]

@@ -95,11 +95,15 @@ def _read(direction: Transformation, gains_of: Callable[[Transformation], Gains]
         return Reading(extra(_recorded(direction)), _recorded_gains)
     if name == "jaxreg.clip" and closed["records"]:
         return Reading(extra(direction), _gains_of_clip)
-    if name in _WRAPPERS:
-        inner = lambda s, p: closed["read"].gains(s.direction, p)  # noqa: E731
+    if name in WRAPPERS:
+        # A metric that was given is that of the direction inside, too.
+        own = closed["read"].gains if gains_of is _gains_of_link else _one_each
+        inner = lambda s, p: own(s.direction, p)  # noqa: E731
         if name == "jaxreg.spike_aware_clip":
             return Reading(extra(direction), inner)
         return Reading(extra(direction), _times(inner, lambda s, p: _gains_of_clip(s.clip, p)))
+    if name in ("jaxreg.clip", "jaxreg.clip_by_value") and gains_of is _gains_of_link:
+        raise refusal(f"{name} of entries or units, whose coefficients are no gain")
     return Reading(extra(direction), gains_of(direction))
 
 
@@ -335,8 +339,8 @@ _READERS: dict[str, _Reader] = {
 }
 
 
-_WRAPPERS = ("jaxreg.clip_update_rms", "jaxreg.spike_aware_clip")
-KNOWN = {*_GAIN_ONE, *_READERS, *_ONE_NUMBER_A_LEAF, "jaxreg.clip", *_WRAPPERS}
+WRAPPERS = ("jaxreg.clip_update_rms", "jaxreg.spike_aware_clip")
+KNOWN = {*_GAIN_ONE, *_READERS, *_ONE_NUMBER_A_LEAF, "jaxreg.clip", *WRAPPERS}
 """The names of links that do not go down the gradient."""
 
 

@@ -47,8 +47,9 @@ def skip_step(
 
     Where the norm exceeds mean + sigmas * standard deviation (unbiased) of the last `window` norms
     the updates are 0, and the state of `inner`, such as momentum and step counts, stays as it is.
-    The first window / 2 steps are all taken. Norms of steps left out are among the last ones too,
-    so that a lasting change of scale is followed.
+    Until window / 2 finite norms were seen all steps are taken. Norms of steps left out are among
+    the last ones too, so that a lasting change of scale is followed; and a spike lifts the limit
+    for as long as it is among them.
 
     Args:
         inner: any optax transformation, usually the whole optimizer.
@@ -62,7 +63,7 @@ def skip_step(
     Returns:
         An optax transformation with state `SkipState`. It selects between old and new state, with
         no branch: XLA on a CPU copies the state of `inner` for it, which makes the step two to
-        three times as long. A clip with ``on_nonfinite="skip"`` costs nothing.
+        three times as long. A clip by norms with ``on_nonfinite="skip"`` costs nothing.
 
     Raises:
         ValueError: where an argument is out of its range.
