@@ -595,6 +595,14 @@ def test_a_value_clip_and_a_penalty_go_together_with_a_metric_that_is_given():
     chex.assert_trees_all_close(run(tx, GOOD)[0], run(alone, cut)[0], rtol=1e-5, atol=1e-7)
 
 
+def test_a_clip_by_units_and_a_penalty_go_together_with_a_metric_that_is_given():
+    clip = jaxreg.adaptive_clip(0.01)
+    tx = jaxreg.proximal(clip, 0.1, jaxreg.L1(0.1), metric=jaxreg.metric.sgd())
+    w = jnp.array([[3.0], [4.0]])
+    updates, _ = tx.update(w, tx.init(w), w)  # the gradient is cut to a norm of 0.05
+    chex.assert_trees_all_close(optax.apply_updates(w, updates), w * 0.999 - 0.01, rtol=1e-5)
+
+
 def test_a_spike_aware_clip_has_the_gain_of_its_direction():
     adam = optax.scale_by_adam()
     wrapped = jaxreg.spike_aware_clip(adam, threshold=1e30)

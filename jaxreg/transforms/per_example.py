@@ -20,7 +20,8 @@ class PerExample(NamedTuple):
     Attributes:
         losses: of each example, before the step.
         norms: of each example's gradient before clipping.
-        clipped: the share of examples that were clipped.
+        clipped: the share of examples that were clipped; like all of these of a device's own
+            examples inside ``shard_map``.
         nonfinite: the number of examples with an infinity or a NaN in their gradient, int32.
     """
 

@@ -102,8 +102,10 @@ def _read(direction: Transformation, gains_of: Callable[[Transformation], Gains]
         if name == "jaxreg.spike_aware_clip":
             return Reading(extra(direction), inner)
         return Reading(extra(direction), _times(inner, lambda s, p: _gains_of_clip(s.clip, p)))
-    if name in ("jaxreg.clip", "jaxreg.clip_by_value") and gains_of is _gains_of_link:
-        raise refusal(f"{name} of entries or units, whose coefficients are no gain")
+    if name in ("jaxreg.clip", "jaxreg.clip_by_value"):
+        if gains_of is _gains_of_link:
+            raise refusal(f"{name} of entries or units, whose coefficients are no gain")
+        return Reading(extra(direction), _one_each)
     return Reading(extra(direction), gains_of(direction))
 
 
