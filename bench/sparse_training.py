@@ -84,7 +84,8 @@ def optimizer_table(width: int, rounds: int) -> timing.Table:
         "`update` and `apply_updates`, jitted with donated buffers, gradients given; each is "
         "timed beside optax.adam, in turns, and ratio is to it. Bytes are XLA's own count of what "
         "is read and written, in which a loop counts once; temp is what it allocates besides. The "
-        "prox of a group under Adam's own metric is iterative: some four to eight passes.",
+        "prox of a group under Adam's own metric is a root: two sums, and two more for each of one "
+        "to three Newton steps, each a pass on a CPU.",
         ("optimizer", *STEP_COLUMNS),
         rows,
     )
