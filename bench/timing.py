@@ -1,7 +1,8 @@
 """Timing contenders side by side, and tables of what came out.
 
-Contenders take turns: a round runs each of them once and starts with another one each time, so
-that a machine that slows down for a while slows down all of them. A ratio is the median of the
+Contenders take turns: a round runs each of them once, in another order each time, so that a
+machine that slows down for a while slows down all of them, and none always follows one that leaves
+the memory to be tidied up. A ratio is the median of the
 rounds' own ratios to the first contender.
 """
 
@@ -55,9 +56,9 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dic
         jax.block_until_ready(run())  # compiles
     calls = [_calls_in_a_block(run) for run in functions]
     seconds = np.empty((len(functions), rounds))
+    order = np.random.default_rng(0)
     for turn in range(rounds):
-        for offset in range(len(functions)):
-            i = (turn + offset) % len(functions)
+        for i in order.permutation(len(functions)):
             seconds[i, turn] = _seconds(functions[i], calls[i])
     quartiles = np.percentile(seconds, [50, 25, 75], axis=1).T
     ratios = np.median(seconds / seconds[0], axis=1)

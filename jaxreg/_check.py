@@ -45,6 +45,15 @@ def on_leaf(path: str) -> Iterator[None]:
         raise ArgumentError(error.name, given, error.accepted) from None
 
 
+@contextmanager
+def of_argument(name: str) -> Iterator[None]:
+    """Gives an error the name of the argument that its cause was a part of."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(name, error.given, error.accepted) from None
+
+
 def is_host(value: Any) -> bool:
     """Whether `value` is a Python or NumPy number or array: reading it waits for no device."""
     return isinstance(value, (bool, int, float, np.ndarray, np.generic))

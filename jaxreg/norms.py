@@ -237,7 +237,11 @@ def bound_axes(axis_name: AxisNames | None) -> tuple[str, ...]:
     """
     if axis_name is None:
         return ()
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = [axis_name] if isinstance(axis_name, str) else axis_name
+    are_names = isinstance(names, Sequence) and all(isinstance(n, str) and n for n in names)
+    if not are_names or len({*names}) < len(names):
+        accepted = "the name of a mesh axis, several different ones, or None"
+        raise _check.ArgumentError("axis_name", _check.describe(axis_name), accepted)
     for name in names:
         try:
             _axis_size(name)
@@ -246,7 +250,7 @@ def bound_axes(axis_name: AxisNames | None) -> tuple[str, ...]:
             raise _check.ArgumentError(
                 "axis_name", f"{name!r}, which is not bound", accepted
             ) from None
-    return names
+    return tuple(names)
 
 
 def _axis_size(name: str) -> int:

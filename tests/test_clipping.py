@@ -275,7 +275,7 @@ def test_clip_by_group_norm_of_several_groups_by_rank_and_path():
     ("limits", "message"),
     [
         ({"a/*": 1.0, "**/kernel": 1.0}, r"max_norms: got .* both match a/kernel; .*common leaves"),
-        ({"c": 1.0}, r"where: got where.path\('c'\), which matches no leaf; .*a/kernel"),
+        ({"c": 1.0}, r"max_norms: got where.path\('c'\), which matches no leaf; .*a/kernel"),
     ],
 )
 def test_groups_that_overlap_or_are_empty_are_refused_at_init(limits, message):

@@ -415,9 +415,9 @@ def test_smoothing_does_not_leak_onto_classes_that_where_excludes(strict):
     np.testing.assert_allclose(same, [[0.85, 0.15, 0.0], [0.15, 0.15, 0.7]], rtol=1e-6)
 
 
-def test_a_row_without_classes_gets_no_share_and_not_infinity(strict):
-    found = compat.smooth_labels(jnp.zeros((1, 3)), 0.3, where=jnp.zeros((1, 3), bool))
-    np.testing.assert_array_equal(found, [[0.0, 0.0, 0.0]])
+def test_a_row_without_classes_keeps_its_labels(strict):
+    found = compat.smooth_labels(LABELS, 0.3, where=jnp.array([[False] * 3, [True] * 3]))
+    np.testing.assert_allclose(found, [[1.0, 0.0, 0.0], [0.1, 0.1, 0.8]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("axis", "classes"), [(0, 2), ((0, 1), 6), (None, 6), (-1, 3)])

@@ -186,6 +186,12 @@ def test_an_axis_that_is_not_bound_is_named(norm):
         jax.vmap(lambda x: norm([x], axis_name=("i", "data")), axis_name="i")(jnp.ones((2, 3)))
 
 
+@pytest.mark.parametrize("bad", [3, "", ("x", "x"), ("x", 1)], ids=str)
+def test_an_axis_name_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match=r"^axis_name: got .*; accepted: the name of a mesh axis"):
+        jaxreg.global_norm(grads(), axis_name=bad)
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_names_an_axis_that_is_not_bound(name):
     with pytest.raises(ValueError, match="axis_name: got 'data', which is not bound"):

@@ -330,6 +330,7 @@ def smooth_labels(
         alpha: a number from 0 to 1, or a traced scalar.
         axis: of the classes, one or several; None for all.
         where: bools that broadcast with the labels: the K classes that get a share of alpha.
+            Labels of which all classes are excluded stay as they are.
 
     Returns:
         An array of the labels' shape and dtype.
@@ -352,6 +353,7 @@ def smooth_labels(
     included = jnp.broadcast_to(True if where is None else jnp.asarray(where, bool), q.shape)
     number = jnp.sum(included, axis, keepdims=True, dtype=q.dtype)
     uniform = jnp.where(included, 1 / jnp.maximum(number, 1), 0)
+    share = jnp.where(number > 0, share, 0)  # of no class to share it among
     return ((1 - share) * q + share * uniform).astype(labels.dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxreg import _check, _tree
@@ -195,7 +196,23 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
         # Not as complex numbers: their product of an infinity and a real number has a NaN.
         return jax.lax.complex(times(x.real, factor), times(x.imag, factor))
     dtype = _tree.wide_dtype(x.dtype)
-    return (x.astype(dtype) * factor.astype(dtype)).astype(x.dtype)
+    return (_widened(x) * factor.astype(dtype)).astype(x.dtype)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """In its wide dtype.
+
+    From bfloat16 on a CPU not by the conversion that norms begin with: XLA would do that once for
+    both, and write a float32 gradient to memory.
+    """
+    if x.dtype != jnp.bfloat16:
+        return _tree.widen(x)
+
+    def by_bits(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits << np.uint32(16), jnp.float32)
+
+    return jax.lax.platform_dependent(x, cpu=by_bits, default=_tree.widen)
 
 
 def finite(x: jax.Array) -> jax.Array:

@@ -179,14 +179,17 @@ def clip_by_group_norm(
     if not isinstance(max_norms, Mapping) or not max_norms:
         accepted = "a mapping from selectors or path patterns to numbers > 0"
         raise _check.ArgumentError("max_norms", _check.describe(max_norms), accepted)
-    selectors = [_where.as_selector(selector) for selector in max_norms]
+    with _check.of_argument("max_norms"):
+        selectors = [_where.as_selector(selector) for selector in max_norms]
     limits = [_check.positive("max_norms", limit) for limit in max_norms.values()]
 
     def groups_of(tree: Any) -> list[int]:
         """The number of each leaf's group, -1 for none."""
         owners = [-1] * len(jax.tree.leaves(tree))
         for number, selector in enumerate(selectors):
-            for i, yes in enumerate(jax.tree.leaves(selector.mask(tree))):
+            with _check.of_argument("max_norms"):
+                mask = selector.mask(tree)
+            for i, yes in enumerate(jax.tree.leaves(mask)):
                 if yes and owners[i] >= 0:
                     both = f"{selectors[owners[i]]!r} and {selector!r}"
                     given = f"{both}, which both match {_where.paths(tree)[i]}"
