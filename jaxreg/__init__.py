@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from jaxreg.transforms import clip_by_leaf_norm as clip_by_leaf_norm
     from jaxreg.transforms import clip_by_value as clip_by_value
     from jaxreg.transforms import clip_update_rms as clip_update_rms
+    from jaxreg.transforms import ema as ema
     from jaxreg.transforms import l2_decay as l2_decay
     from jaxreg.transforms import magnitude_pruning as magnitude_pruning
     from jaxreg.transforms import metric as metric
@@ -155,6 +156,7 @@ _HOMES = {
     "dropout": "jaxreg.noise",
     "global_norm": "jaxreg.norms",
     "groups": "jaxreg.groups",
+    "ema": "jaxreg.transforms",
     "l2_decay": "jaxreg.transforms",
     "magnitude_pruning": "jaxreg.transforms",
     "n_m_pruning": "jaxreg.transforms",

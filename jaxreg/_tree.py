@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxreg import _check, where
 
@@ -51,6 +52,31 @@ def check_real(name: str, tree: PyTree) -> None:
     for path, leaf in zip(where.paths(tree), jax.tree.leaves(tree), strict=True):
         if jnp.iscomplexobj(leaf):
             raise _check.ArgumentError(name, f"complex values on {path}", "real floating arrays")
+
+
+def leaves_like(name: str, tree: PyTree, params: PyTree) -> list[Any]:
+    """The leaves of a tree that stands beside the parameters, in their order.
+
+    Leaves that ``optax.masked`` hides among the parameters may be there.
+
+    Raises:
+        ValueError: where a leaf is missing, there is one too many, or one has another shape.
+    """
+    own = dict(zip(where.paths(tree), jax.tree.leaves(tree), strict=True))
+    wanted = dict(zip(where.paths(params), jax.tree.leaves(params), strict=True))
+    extra = [] if nodes(params, optax.MaskedNode) else [path for path in own if path not in wanted]
+    accepted = "a tree with the structure and shapes of the parameters"
+    for path, p in wanted.items():
+        if path not in own:
+            given = f"a tree without the leaf {path}" if path else _check.describe(tree)
+            raise _check.ArgumentError(name, given, accepted)
+        if jnp.shape(own[path]) != jnp.shape(p):
+            with _check.on_leaf(path):
+                shapes = f"shape {jnp.shape(own[path])} for {jnp.shape(p)}"
+                raise _check.ArgumentError(name, shapes, accepted)
+    if extra:
+        raise _check.ArgumentError(name, f"a leaf {extra[0]}, which params have not", accepted)
+    return [own[path] for path in wanted]
 
 
 def nodes(tree: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:

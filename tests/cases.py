@@ -20,6 +20,7 @@ OTHER_NAMES = {
     "__version__",
     "certificate",
     "compress",
+    "ema",
     "global_norm",
     "groups",
     "leaf_norms",

@@ -9,7 +9,7 @@ from jaxreg.transforms.clipping import (
     clip_by_leaf_norm,
     clip_by_value,
 )
-from jaxreg.transforms.decay import DecayState, l2_decay, weight_decay
+from jaxreg.transforms.decay import DecayState, L2State, ema, l2_decay, weight_decay
 from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
 from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
 from jaxreg.transforms.per_example import PerExample, per_example_clip
@@ -22,6 +22,7 @@ __all__ = [
     "ClipState",
     "DecayState",
     "DualAveragingState",
+    "L2State",
     "NonfiniteState",
     "PerExample",
     "ProximalState",
@@ -36,6 +37,7 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_by_value",
     "clip_update_rms",
+    "ema",
     "l2_decay",
     "magnitude_pruning",
     "n_m_pruning",

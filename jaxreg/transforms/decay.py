@@ -1,7 +1,24 @@
-"""Weight decay, in its two meanings: decoupled (after the learning rate) and coupled (before)."""
+r"""Weight decay, in its two meanings: decoupled (after the learning rate) and coupled (before).
+
+Decoupled decay is one rule at one place, $p \leftarrow p - rate \cdot strength \cdot (p - anchor)$.
+What papers call weight decay differs in its arguments:
+
+=============================  =====================================================
+AdamW, SGDW in torch, optax    ``weight_decay(s)``: the rate is the learning rate
+independent, scheduled         ``rate=lambda t: schedule(t) / peak``
+independent, constant          ``rate=1.0``
+PaLM                           ``rate=lambda t: schedule(t) ** 2``
+AdamC                          ``rate=lambda t: schedule(t) ** 2 / peak``, on normalized layers
+cautious                       ``gate="cautious"``
+L2-SP                          ``toward="init"``, or the pretrained weights
+decay to the EMA               ``toward=jaxreg.ema(0.999)``
+AdamHD                         ``profile="huber"``
+=============================  =====================================================
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +28,54 @@ from jaxreg import _check, _tree
 from jaxreg import where as _where
 
 Number = float | jax.Array
+Gate = Literal["all", "cautious"]
+Profile = Literal["quadratic", "huber", "l1"]
+
+
+@dataclass(frozen=True)
+class ema:
+    r"""An anchor of `jaxreg.weight_decay` that follows: the moving average of the weights.
+
+    $a_{t+1} = decay \cdot a_t + (1 - decay) \, p_t$ with $a_0 = p_0$, in float32 at least; the step
+    at t decays toward $a_t$.
+
+    Args:
+        decay: a number in [0, 1), or a traced scalar.
+
+    Raises:
+        ValueError: where decay is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxreg
+        >>> tx = jaxreg.weight_decay(0.5, rate=1.0, toward=jaxreg.ema(0.9))
+        >>> state = tx.init(jnp.zeros((1, 1)))
+        >>> updates, state = tx.update(jnp.zeros((1, 1)), state, jnp.ones((1, 1)))
+        >>> round(float(updates[0, 0]), 6), round(float(state.anchor[0, 0]), 6)
+        (-0.5, 0.1)
+    """
+
+    decay: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decay", _check.fraction("decay", self.decay))
 
 
 class DecayState(NamedTuple):
-    """Steps taken: an int32 scalar, what schedules are called with."""
+    """What `weight_decay` keeps.
+
+    Attributes:
+        count: steps taken, int32: what schedules are called with.
+        amount: rate * strength of the last step, float32 (float64 for 64-bit parameters).
+        anchor: what the decayed leaves are drawn to, `optax.MaskedNode` for the others; () for 0.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    amount: jax.Array
+    anchor: Any = ()
+
+
+class L2State(NamedTuple):
+    """What `l2_decay` keeps: steps taken, an int32 scalar, what schedules are called with."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
@@ -23,31 +84,48 @@ def weight_decay(
     strength: Number | optax.Schedule,
     rate: Number | optax.Schedule | None = None,
     *,
+    toward: Any = None,
+    gate: Gate = "all",
+    profile: Profile = "quadratic",
+    delta: Number | None = None,
     where: _where.Selector | str = _where.kernels,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Decoupled weight decay, $p \leftarrow p - rate \cdot strength \cdot p$ at each step.
+    r"""Decoupled weight decay, $p \leftarrow p - rate \cdot strength \cdot (p - anchor)$.
 
     Its place is after the learning rate, in `jaxreg.regularize` or as a link of ``optax.chain``
-    behind an optimizer. What papers call weight decay differs in `rate` alone: the learning rate
-    (AdamW in torch, optax and Keras), the learning rate over its peak (Loshchilov and Hutter's
-    own, "independent"), 1 (independent, constant), the learning rate squared (PaLM).
+    behind an optimizer. What papers call weight decay differs in `rate` above all: the learning
+    rate (AdamW in torch, optax and Keras), the learning rate over its peak (Loshchilov and
+    Hutter's own, "independent"), 1 (independent, constant), the learning rate squared (PaLM), that
+    over the peak (AdamC).
 
     Args:
         strength: a number >= 0, a traced scalar, or a schedule.
         rate: likewise. None means the learning rate, which `regularize` and `proximal` supply
             (as the extra argument ``learning_rate`` of ``update``).
+        toward: the anchor. None for 0; "init" for the weights at ``init``, which are copied; a tree
+            like params (pretrained weights: L2-SP), copied too; or a `jaxreg.ema`.
+        gate: "all"; or "cautious": only entries which the step, as it comes, does not move away
+            from the anchor. An unregularized minimizer then stays one.
+        profile: of the pull at distance d = p - anchor. "quadratic": d; "huber": d cut at ±delta,
+            so that large weights are not decayed more; "l1": the sign of d, never past the anchor.
+        delta: where "huber" cuts, a number > 0 or a traced scalar; 1 by default.
         where: the leaves to decay: a selector or a path pattern. By default kernels: no bias, no
             normalization, no embedding.
 
     Returns:
-        An optax transformation; updates keep their dtype. ``update`` needs ``params``.
+        An optax transformation with state `DecayState`; updates keep their dtype. ``update`` needs
+        ``params``.
 
     Raises:
-        ValueError: where strength or rate is negative or NaN; at ``init`` where the selector
-            matches no leaf, or one that is not a floating array; at ``update`` where params are
-            missing, or where `rate` is None and nobody supplies the learning rate.
+        ValueError: where an argument is out of its range or unknown; at ``init`` where the
+            selector matches no leaf, or one that is not a floating array, or where an anchor does
+            not fit the parameters; at ``update`` where params are missing, or where `rate` is None
+            and nobody supplies the learning rate.
 
-    Source: I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, ICLR 2019.
+    Source: I. Loshchilov and F. Hutter, *Decoupled weight decay regularization*, ICLR 2019
+    (arXiv:1711.05101). Independent: M. Wortsman et al., arXiv:2309.14322. AdamC: A. Defazio,
+    arXiv:2506.02285. Cautious: arXiv:2510.12402. Huber: arXiv:2511.14721. L2-SP: X. Li et al., ICML
+    2018.
 
     >>> import jax, jax.numpy as jnp, jaxreg, optax
     >>> tx = optax.chain(optax.sgd(0.5), jaxreg.weight_decay(0.1, rate=0.5))
@@ -59,7 +137,22 @@ def weight_decay(
     """
     strength = _check.number_or_schedule("strength", strength)
     rate = None if rate is None else _check.number_or_schedule("rate", rate)
+    _check.choice("gate", gate, get_args(Gate))
+    _check.choice("profile", profile, get_args(Profile))
+    if delta is not None and profile != "huber":
+        accepted = 'None, as only profile="huber" has one'
+        raise _check.ArgumentError("delta", f"{_check.describe(delta)} with {profile!r}", accepted)
+    delta = _check.positive("delta", 1.0 if delta is None else delta)
+    if isinstance(toward, str):
+        _check.choice("toward", toward, ["init"])
     selector = _where.as_selector(where)
+
+    def init(params: optax.Params) -> DecayState:
+        if params is None and toward is not None:
+            given = f"{_check.describe(toward)} without parameters at init"
+            raise _check.ArgumentError("toward", given, "a call init(params) with the parameters")
+        amount = jnp.zeros((), _tree.widest_dtype(_chosen(params, selector)))
+        return DecayState(jnp.zeros((), jnp.int32), amount, _anchor(toward, params, selector))
 
     def update(
         updates: optax.Updates,
@@ -70,6 +163,7 @@ def weight_decay(
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecayState]:
         del extra_args
+        params = _check.params_given(params)
         own_rate = learning_rate if rate is None else rate
         if own_rate is None:
             raise _check.ArgumentError(
@@ -77,15 +171,34 @@ def weight_decay(
                 "None outside of jaxreg.regularize, where no learning rate is known",
                 "a number >= 0 or a schedule, such as the one the optimizer is given",
             )
-        factors = _at(own_rate, state.count), _at(strength, state.count)
+        factors = [jnp.asarray(_at(factor, state.count)) for factor in (own_rate, strength)]
 
-        def amount(dtype: Any) -> jax.Array:
-            first, second = (jnp.asarray(factor).astype(dtype) for factor in factors)
-            return -first * second
+        def decayed(u: jax.Array, p: jax.Array, anchor: jax.Array | None) -> jax.Array:
+            dtype = _tree.wide_dtype(u.dtype)
+            real = _tree.real_dtype(dtype)
+            first, second = (factor.astype(real) for factor in factors)
+            move, away = u.astype(dtype), p.astype(dtype)
+            if anchor is not None:
+                away -= anchor.astype(dtype)
+            pull = _PULLS[profile](away, first * second, jnp.asarray(delta).astype(real))
+            if gate == "cautious":
+                pull = jnp.where(_moves_away(move, away), 0, pull)
+            return (move - pull).astype(u.dtype)
 
-        return _add(updates, params, amount, selector), _next(state)
+        moves, treedef = jax.tree.flatten(updates)
+        leaves = treedef.flatten_up_to(params)
+        chosen = [i for i, yes in enumerate(jax.tree.leaves(selector.mask(params))) if yes]
+        anchors, anchored = jax.tree.flatten(state.anchor)
+        for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
+            moves[i] = decayed(moves[i], leaves[i], anchor)
+        if isinstance(toward, ema):
+            pairs = zip(anchors, (leaves[i] for i in chosen), strict=True)
+            anchors = [_followed(a, p, toward.decay) for a, p in pairs]
+        amount = jnp.prod(jnp.stack([f.astype(state.amount.dtype) for f in factors]))
+        after = DecayState(_next(state.count), amount, anchored.unflatten(anchors))
+        return treedef.unflatten(moves), after
 
-    return optax.GradientTransformationExtraArgs(_init(selector), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def l2_decay(
@@ -100,6 +213,9 @@ def l2_decay(
     Behind a clip that is active, with coefficient c, the loss's gradient is c times as large and
     this one is not: the minimizer is that of strength / c, as with ``clip_grad_norm_`` and the
     ``weight_decay`` of an optimizer in torch. The penalty ``jaxreg.L2(strength)`` follows the clip.
+
+    In torch ``SGD(weight_decay=s)`` and ``Adam(weight_decay=s)`` are ``l2_decay(s)``. Keras'
+    ``regularizers.L2(l)`` adds l * sum p^2 to the loss: that is ``l2_decay(2 * l)``.
 
     Args:
         strength: a number >= 0, a traced scalar, or a schedule.
@@ -122,46 +238,88 @@ def l2_decay(
     strength = _check.number_or_schedule("strength", strength)
     selector = _where.as_selector(where)
 
+    def init(params: optax.Params) -> L2State:
+        _chosen(params, selector)
+        return L2State(jnp.zeros((), jnp.int32))
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, DecayState]:
+    ) -> tuple[optax.Updates, L2State]:
+        params = _check.params_given(params)
         amount = jnp.asarray(_at(strength, state.count))
-        return _add(updates, params, amount.astype, selector), _next(state)
 
-    return optax.GradientTransformation(_init(selector), update)
+        def add(g: jax.Array, p: jax.Array, selected: bool) -> jax.Array:
+            if not selected:
+                return g
+            dtype = _tree.wide_dtype(g.dtype)
+            return (g.astype(dtype) + amount.astype(dtype) * p.astype(dtype)).astype(g.dtype)
 
+        mask = selector.mask(params)
+        return jax.tree.map(add, updates, params, mask), L2State(_next(state.count))
 
-def _init(selector: _where.Selector) -> optax.TransformInitFn:
-    def init(params: optax.Params) -> DecayState:
-        # A selector without a match is an error before the first step.
-        chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
-        _tree.check_floating("params", chosen)
-        return DecayState(jnp.zeros((), jnp.int32))
-
-    return init
+    return optax.GradientTransformation(init, update)
 
 
-def _add(
-    updates: optax.Updates,
-    params: optax.Params | None,
-    amount: Callable[[Any], jax.Array],
-    selector: _where.Selector,
-) -> optax.Updates:
-    """Updates + amount * params on the selected leaves, in the updates' dtype, rounded once."""
-    params = _check.params_given(params)
-
-    def add(u: jax.Array, p: jax.Array, selected: bool) -> jax.Array:
-        if not selected:
-            return u
-        dtype = _tree.wide_dtype(u.dtype)
-        return (u.astype(dtype) + amount(dtype) * p.astype(dtype)).astype(u.dtype)
-
-    return jax.tree.map(add, updates, params, selector.mask(params))
+def _chosen(params: optax.Params, selector: _where.Selector) -> list[jax.Array]:
+    """The selected leaves. A selector without a match is an error before the first step."""
+    flags = jax.tree.leaves(selector.mask(params))
+    _tree.check_floating(
+        "params", jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
+    )
+    return [p for p, yes in zip(jax.tree.leaves(params), flags, strict=True) if yes]
 
 
 def _at(value: Number | optax.Schedule, count: jax.Array) -> Any:
     return value(count) if _check.is_schedule(value) else value
 
 
-def _next(state: DecayState) -> DecayState:
-    return DecayState(jnp.asarray(optax.safe_increment(state.count)))
+def _next(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))
+
+
+# The pull, by the distance from the anchor -------------------------------------------------------
+
+
+def _toward_size(away: jax.Array, size: jax.Array) -> jax.Array:
+    """Of `size` in the direction of `away`, of a complex number too."""
+    return jnp.sign(away) * size.astype(away.dtype)
+
+
+_PULLS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "quadratic": lambda away, amount, delta: amount.astype(away.dtype) * away,
+    "huber": lambda away, amount, delta: _toward_size(
+        away, amount * jnp.minimum(jnp.abs(away), delta)
+    ),
+    "l1": lambda away, amount, delta: _toward_size(away, jnp.minimum(jnp.abs(away), amount)),
+}
+
+
+def _moves_away(move: jax.Array, away: jax.Array) -> jax.Array:
+    """Whether a step increases the distance, to first order."""
+    # By the sign, as the product of two small numbers may underflow.
+    return jnp.real(jnp.conj(jnp.sign(move)) * away) > 0
+
+
+def _anchor(toward: Any, params: Any, selector: _where.Selector) -> Any:
+    """What the state holds before the first step: copies, as parameters and states are donated."""
+    if toward is None:
+        return ()
+    leaves, treedef = jax.tree.flatten(params)
+    chosen = jax.tree.leaves(selector.mask(params))
+    sources = leaves
+    if not isinstance(toward, (str, ema)):
+        sources = _tree.leaves_like("toward", toward, params)
+        _tree.check_floating("toward", toward)
+
+    def copy(a: Any) -> jax.Array:
+        # An average in 16 bits would soon stand still.
+        dtype = _tree.wide_dtype(a.dtype) if isinstance(toward, ema) else a.dtype
+        return jnp.array(a, dtype, copy=True)
+
+    pairs = zip(sources, chosen, strict=True)
+    return treedef.unflatten([copy(a) if yes else optax.MaskedNode() for a, yes in pairs])
+
+
+def _followed(average: jax.Array, p: jax.Array, decay: Number) -> jax.Array:
+    share = jnp.asarray(decay).astype(average.dtype)
+    return share * average + (1 - share) * p.astype(average.dtype)
