@@ -65,14 +65,20 @@ if TYPE_CHECKING:
     from jaxreg.penalties import UnitNorm as UnitNorm
     from jaxreg.transforms import adagc as adagc
     from jaxreg.transforms import adaptive_clip as adaptive_clip
+    from jaxreg.transforms import asam as asam
     from jaxreg.transforms import autoclip as autoclip
+    from jaxreg.transforms import averaged_params as averaged_params
+    from jaxreg.transforms import centralize as centralize
     from jaxreg.transforms import clip_by_global_norm as clip_by_global_norm
     from jaxreg.transforms import clip_by_group_norm as clip_by_group_norm
     from jaxreg.transforms import clip_by_leaf_norm as clip_by_leaf_norm
     from jaxreg.transforms import clip_by_value as clip_by_value
     from jaxreg.transforms import clip_update_rms as clip_update_rms
     from jaxreg.transforms import ema as ema
+    from jaxreg.transforms import ema_of_params as ema_of_params
+    from jaxreg.transforms import gradient_noise as gradient_noise
     from jaxreg.transforms import l2_decay as l2_decay
+    from jaxreg.transforms import lookahead as lookahead
     from jaxreg.transforms import magnitude_pruning as magnitude_pruning
     from jaxreg.transforms import metric as metric
     from jaxreg.transforms import n_m_pruning as n_m_pruning
@@ -82,9 +88,12 @@ if TYPE_CHECKING:
     from jaxreg.transforms import rda as rda
     from jaxreg.transforms import reapply as reapply
     from jaxreg.transforms import rmda as rmda
+    from jaxreg.transforms import sam as sam
     from jaxreg.transforms import skip_step as skip_step
     from jaxreg.transforms import sparsity_target as sparsity_target
     from jaxreg.transforms import spike_aware_clip as spike_aware_clip
+    from jaxreg.transforms import stochastic_rounding as stochastic_rounding
+    from jaxreg.transforms import swa as swa
     from jaxreg.transforms import weight_decay as weight_decay
     from jaxreg.transforms import zclip as zclip
 
@@ -93,6 +102,15 @@ __version__ = "0.1.0"
 # Where each public name lives. Modules are loaded when a name is first used (PEP 562), so that
 # `import jaxreg` costs next to nothing and needs no optional dependency.
 _HOMES = {
+    "asam": "jaxreg.transforms",
+    "averaged_params": "jaxreg.transforms",
+    "centralize": "jaxreg.transforms",
+    "ema_of_params": "jaxreg.transforms",
+    "gradient_noise": "jaxreg.transforms",
+    "lookahead": "jaxreg.transforms",
+    "sam": "jaxreg.transforms",
+    "stochastic_rounding": "jaxreg.transforms",
+    "swa": "jaxreg.transforms",
     "metrics": "jaxreg.diagnostics",
     "per_example_clip": "jaxreg.transforms",
     "skip_step": "jaxreg.transforms",

@@ -30,6 +30,11 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def wide_copy(tree: PyTree) -> PyTree:
+    """A copy in the leaves' `wide_dtype`: one array that is there twice could not be donated."""
+    return jax.tree.map(lambda x: jnp.array(x, wide_dtype(x.dtype), copy=True), tree)
+
+
 def widest_dtype(tree: PyTree) -> Any:
     """float64 where a leaf holds 64-bit floats, else float32."""
     wide = any(jnp.finfo(leaf.dtype).bits == 64 for leaf in jax.tree.leaves(tree))

@@ -1,11 +1,9 @@
 """Noise: pure functions (key, x, rate) -> x."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _check, _tree
+from jaxreg import _address, _check, _tree
 
 
 def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
@@ -34,7 +32,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     >>> sorted(set(y.tolist())), 450 < int((y == 0).sum()) < 550
     ([0.0, 2.0], True)
     """
-    if not _is_key(key):
+    if not _address.is_key(key):
         raise _check.ArgumentError("key", _check.describe(key), "one JAX random key")
     rate = _check.fraction("rate", rate)
     x = jnp.asarray(x)
@@ -44,11 +42,3 @@ def dropout(key: jax.Array, x: jax.Array, rate: float | jax.Array) -> jax.Array:
     wide = _tree.widen(x)
     kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, wide / keep.astype(wide.dtype), 0).astype(x.dtype)
-
-
-def _is_key(value: Any) -> bool:
-    """Whether `value` is one random key, of the new kind or a raw one (``jax.random.PRNGKey``)."""
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return shape == ()
-    return dtype == jnp.uint32 and shape is not None and len(shape) == 1

@@ -8,7 +8,7 @@ all are made, and the right one is selected.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,3 +285,13 @@ def varying_axes(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
         kind = kind.manual_axis_type  # pyright: ignore[reportAttributeAccessIssue]
         return frozenset(getattr(kind, "varying", ()))
     return frozenset(getattr(kind, "vma", None) or ())
+
+
+def varying(x: jax.Array, names: Collection[str]) -> jax.Array:
+    """The same numbers, as if devices along these mesh axes might hold different ones."""
+    missing = tuple(name for name in names if name not in varying_axes(x))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]

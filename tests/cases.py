@@ -18,6 +18,7 @@ OTHER_NAMES = {
     "Compressed",
     "Penalty",
     "__version__",
+    "averaged_params",
     "certificate",
     "compress",
     "ema",
@@ -572,7 +573,28 @@ CASES: list[Case] = [
         "per_example_clip",
         lambda s, x: jaxreg.per_example_clip(lambda w, y: jnp.sum((w - y) ** 2), s)(x[0], x[1:])[0],
     ),
+    # Perturbation and rounding
+    Case("sam", lambda s, x: jaxreg.sam(lambda w: jnp.sum(w**2), s)(x)[1]),
+    Case("asam", lambda s, x: jaxreg.asam(lambda w: jnp.sum(w**2), s)(x)[1]),
+    _transform("gradient_noise", lambda s: jaxreg.gradient_noise(s, seed=0)),
+    _transform(
+        "centralize",
+        lambda s: jaxreg.centralize(),
+        has_strength=False,
+        takes_complex=True,
+        collectives=2,
+    ),
+    _transform(
+        "stochastic_rounding",
+        lambda s: jaxreg.stochastic_rounding(optax.trace(s), seed=0),
+        whole_strength=0,
+        has_strength=False,
+        holds_optax=True,
+    ),
     # Averages
+    _transform("ema_of_params", jaxreg.ema_of_params, whole_strength=0),
+    _transform("swa", lambda s: jaxreg.swa(), has_strength=False),
+    _transform("lookahead", lambda s: jaxreg.lookahead(2, s), has_strength=False),
     Case("reapply", lambda s, x: jaxreg.reapply(jaxreg.L1(s), x)),
     # Losses and noise
     Case(

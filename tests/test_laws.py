@@ -104,8 +104,9 @@ def test_works_under_strict_promotion(case: Case, dtype):
 
 
 # The mask of dropout is drawn in float32 for every dtype (test_noise.py compares the values), and
-# optax's bias correction 1 - b2**count has a relative error of 1e-5 in float32.
-ROUNDED = ("dropout", "prox_adam", "prox_adamw", "regularize")
+# optax's bias correction 1 - b2**count has a relative error of 1e-5 in float32. What rounds at
+# random may be off by a whole spacing (test_rounding.py).
+ROUNDED = ("dropout", "prox_adam", "prox_adamw", "regularize", "stochastic_rounding")
 EXACT = [case for case in CASES if case.name not in ROUNDED]
 
 

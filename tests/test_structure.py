@@ -13,7 +13,7 @@ import jaxreg
 PACKAGE = Path(jaxreg.__file__).parent
 # Imports go from a later layer to an earlier one, or stay within a folder.
 LAYERS = [
-    ["_check", "_tree", "where", "groups", "_roots", "norms"],
+    ["_check", "_tree", "_address", "where", "groups", "_roots", "norms"],
     ["penalties", "losses", "noise", "mnist1d"],
     ["optimality", "data"],
     ["splits"],

@@ -1,7 +1,13 @@
 """Everything that changes gradients, updates or weights, as optax gradient transformations."""
 
 from jaxreg.transforms.adaptive_clipping import adagc, adaptive_clip, autoclip, zclip
-from jaxreg.transforms.averaging import reapply
+from jaxreg.transforms.averaging import (
+    AverageState,
+    averaged_params,
+    ema_of_params,
+    reapply,
+    swa,
+)
 from jaxreg.transforms.clip import ClipState, NonfiniteState
 from jaxreg.transforms.clipping import (
     clip_by_global_norm,
@@ -12,33 +18,52 @@ from jaxreg.transforms.clipping import (
 from jaxreg.transforms.decay import DecayState, L2State, ema, l2_decay, weight_decay
 from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
 from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
+from jaxreg.transforms.lookahead import LookaheadState, lookahead
 from jaxreg.transforms.per_example import PerExample, per_example_clip
+from jaxreg.transforms.perturbation import (
+    GradientNoiseState,
+    asam,
+    centralize,
+    gradient_noise,
+    sam,
+)
 from jaxreg.transforms.proximal import ProximalState, proximal
 from jaxreg.transforms.pruning import PruningState, magnitude_pruning, n_m_pruning
+from jaxreg.transforms.rounding import StochasticRoundingState, stochastic_rounding
 from jaxreg.transforms.skipping import SkipState, skip_step
 from jaxreg.transforms.sparsity import SparsityState, sparsity_target
 
 __all__ = [
+    "AverageState",
     "ClipState",
     "DecayState",
     "DualAveragingState",
     "L2State",
+    "GradientNoiseState",
+    "LookaheadState",
     "NonfiniteState",
     "PerExample",
     "ProximalState",
     "PruningState",
     "SkipState",
     "SparsityState",
+    "StochasticRoundingState",
     "adagc",
     "adaptive_clip",
+    "asam",
     "autoclip",
+    "averaged_params",
+    "centralize",
     "clip_by_global_norm",
     "clip_by_group_norm",
     "clip_by_leaf_norm",
     "clip_by_value",
     "clip_update_rms",
     "ema",
+    "ema_of_params",
+    "gradient_noise",
     "l2_decay",
+    "lookahead",
     "magnitude_pruning",
     "n_m_pruning",
     "per_example_clip",
@@ -47,9 +72,12 @@ __all__ = [
     "rda",
     "reapply",
     "rmda",
+    "sam",
     "skip_step",
     "sparsity_target",
     "spike_aware_clip",
+    "stochastic_rounding",
+    "swa",
     "weight_decay",
     "zclip",
 ]

@@ -1,13 +1,13 @@
 """Gradients that are clipped example by example, as DP-SGD does."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg import _check, _tree
-from jaxreg.norms import AxisNames, norms_of_groups, sharding_axes, varying_axes
+from jaxreg.norms import AxisNames, norms_of_groups, sharding_axes, varying, varying_axes
 from jaxreg.transforms.clip import POLICIES, OnNonfinite, finite, shrinking
 
 Number = float | jax.Array
@@ -112,7 +112,7 @@ def per_example_clip(
             raise _check.ArgumentError("key", "None", "a random key, as there is noise to be added")
         # The gradient of what all devices share would be summed over them before it is clipped.
         shards = frozenset().union(*map(varying_axes, jax.tree.leaves(batch)))
-        own_params = jax.tree.map(lambda p: _varying(p, shards), params)
+        own_params = jax.tree.map(lambda p: varying(p, shards), params)
         own = lambda part: summed(own_params, part)  # noqa: E731
         sums, figures = _in_parts(own, batch, size, micro_batch or size)
         names = sharding_axes(sums, axis_name)
@@ -164,7 +164,7 @@ def _in_parts(
         return summed(batch)
     parts = jax.tree.map(lambda x: x[: whole * part].reshape(whole, part, *x.shape[1:]), batch)
     first = jax.eval_shape(summed, jax.tree.map(lambda x: x[0], parts))[0]
-    zeros = [_varying(jnp.zeros(g.shape, g.dtype), varying_axes(g)) for g in first]
+    zeros = [varying(jnp.zeros(g.shape, g.dtype), varying_axes(g)) for g in first]
 
     def add(total: list[jax.Array], batch: Any) -> tuple[list[jax.Array], _Figures]:
         own, figures = summed(batch)
@@ -176,13 +176,3 @@ def _in_parts(
         return sums, figures
     sums, last = add(sums, jax.tree.map(lambda x: x[whole * part :], batch))
     return sums, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), figures, last)
-
-
-def _varying(x: jax.Array, names: Collection[str]) -> jax.Array:
-    """The same numbers, as if devices along these mesh axes might hold different ones."""
-    missing = tuple(name for name in names if name not in varying_axes(x))
-    if not missing:
-        return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
