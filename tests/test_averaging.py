@@ -118,8 +118,7 @@ def test_averages_of_an_nnx_model():
     for _ in range(2):
         optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
     graph, params = nnx.split(model, nnx.Param)
-    state = nnx.pure(optimizer.opt_state) if hasattr(nnx, "pure") else optimizer.opt_state
-    average = jaxreg.averaged_params(state, params)
+    average = jaxreg.averaged_params(optimizer.opt_state, params)
     assert (nnx.merge(graph, average)(x) != model(x)).any()
 
 

@@ -154,7 +154,8 @@ def _averaging(share: Share, initial: float) -> Transformation:
 
 def _applied(p: jax.Array, u: jax.Array) -> jax.Array:
     """What `optax.apply_updates` gives, in float32 at least."""
-    dtype = _tree.wide_dtype(jnp.promote_types(p.dtype, u.dtype))
+    # The same operations, so that XLA, which may keep more digits than asked for, makes them one.
+    dtype = jnp.promote_types(p.dtype, u.dtype)
     after = (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
     if _tree.wide_dtype(p.dtype) == p.dtype:
         return after
@@ -192,8 +193,13 @@ def averaged_params(opt_state: Any, params: Any) -> Any:
     if len(found) != 1:
         given = f"a state with {len(found) or 'no'} averages"
         raise _check.ArgumentError("opt_state", given, accepted)
-    total, average = found[0].total, found[0].average
+    average, (total,) = found[0].average, jax.tree.leaves(found[0].total)
     left_out = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    if not _tree.nodes(average, optax.MaskedNode):
+        # By their order: nnx.Optimizer wraps each array of its state in a variable.
+        leaves, treedef = jax.tree.leaves(average), jax.tree.structure(params)
+        if [jnp.shape(a) for a in leaves] == [jnp.shape(p) for p in jax.tree.leaves(params)]:
+            average = treedef.unflatten(leaves)
 
     def chosen(a: Any, p: Any) -> Any:
         return p if left_out(a) else jnp.where(total > 0, a, _tree.widen(p)).astype(p.dtype)
