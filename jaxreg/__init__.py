@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from jaxreg.transforms import spike_aware_clip as spike_aware_clip
     from jaxreg.transforms import stochastic_rounding as stochastic_rounding
     from jaxreg.transforms import swa as swa
+    from jaxreg.transforms import watch as watch
     from jaxreg.transforms import weight_decay as weight_decay
     from jaxreg.transforms import zclip as zclip
 
@@ -192,6 +193,7 @@ _HOMES = {
     "reapply": "jaxreg.transforms",
     "rmda": "jaxreg.transforms",
     "sparsity_target": "jaxreg.transforms",
+    "watch": "jaxreg.transforms",
     "weight_decay": "jaxreg.transforms",
     "where": "jaxreg.where",
 }

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg.transforms.clip import ClipState, NonfiniteState
+from jaxreg.transforms.decay import DecayState
 from jaxreg.transforms.skipping import SkipState
+from jaxreg.transforms.watching import WatchState
 
 Scalars = dict[str, jax.Array]
 
@@ -26,9 +28,11 @@ def metrics(opt_state: Any) -> Scalars:
         step, ``clip_rate``, the share of steps so far that were clipped, and ``nonfinite``, the
         number of those with an infinity or a NaN; of `jaxreg.skip_step` ``norm``, ``limit``,
         ``skipped`` and ``nonfinite`` (counts). Of clips that cut entries (`jaxreg.clip_by_value`,
-        `jaxreg.spike_aware_clip`) ``nonfinite`` under "skip", and nothing else. The names begin
-        with ``clip.`` or ``skip.``, and with ``clip0.``, ``clip1.``, ... where there are several,
-        in the order of the state.
+        `jaxreg.spike_aware_clip`) ``nonfinite`` under "skip", and nothing else. Of
+        `jaxreg.weight_decay` ``amount``, rate * strength of the last step. Of `jaxreg.watch` the
+        norms of weights and update, ``update_ratio``, ``angle`` (radians) and the share of
+        ``zeros``. The names begin with ``clip.``, ``skip.``, ``decay.`` or ``weights.``, and with
+        ``clip0.``, ``clip1.``, ... where there are several, in the order of the state.
 
     Raises:
         ValueError: for a transformation in place of its state.
@@ -58,12 +62,17 @@ def metrics(opt_state: Any) -> Scalars:
 def _found(state: Any) -> list[tuple[str, Scalars]]:
     """What each state of a known kind tells, the outer ones first."""
     told: list[tuple[str, Scalars]] = []
-    for node in _tree.nodes(state, (ClipState, NonfiniteState, SkipState)):
+    kinds = (ClipState, NonfiniteState, SkipState, DecayState, WatchState)
+    for node in _tree.nodes(state, kinds):
         if isinstance(node, SkipState):
             told.append(("skip", _of_skip(node)))
             told += _found(node.inner)
         elif isinstance(node, ClipState):
             told.append(("clip", _of_clip(node)))
+        elif isinstance(node, DecayState):
+            told.append(("decay", {"amount": node.amount}))
+        elif isinstance(node, WatchState):
+            told.append(("weights", _of_watch(node)))
         else:
             told.append(("clip", {"nonfinite": node.nonfinite}))
     return told
@@ -81,3 +90,13 @@ def _of_clip(state: ClipState) -> Scalars:
 
 def _of_skip(state: SkipState) -> Scalars:
     return {name: getattr(state, name) for name in ("norm", "limit", "skipped", "nonfinite")}
+
+
+def _of_watch(state: WatchState) -> Scalars:
+    return {
+        "norm": state.weight_norm,
+        "update_norm": state.update_norm,
+        "update_ratio": state.ratio,
+        "angle": state.angle,
+        "zeros": state.zeros,
+    }

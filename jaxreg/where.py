@@ -8,8 +8,9 @@ A path is the leaf's keys joined with ``/``: ``layers/0/kernel``. Selectors are 
 are written alike are equal, so that building one inside a jitted function does not recompile it.
 They are resolved while tracing and never stored in an optimizer's state.
 
-`kernels`, the default of decay and penalties, is what multiplies inputs; `everything` is every
-leaf. To see what a selector chooses, call ``selector.mask(params)``.
+`kernels`, the default of decay and penalties, is what multiplies inputs (`kernels_with` where
+layers are stacked); `everything` is every leaf. To see what a selector chooses, call
+``selector.mask(params)``.
 """
 
 import abc
@@ -115,16 +116,33 @@ class _Path(Selector):
 
 
 @dataclass(frozen=True)
+class _Stacked:
+    """Layers that a scan holds as one, along leading axes that are not counted."""
+
+    layers: Selector
+    axes: int
+
+    def rank(self, path: str, leaf: Any) -> int:
+        return np.ndim(leaf) - (self.axes if self.layers.selects(path, leaf) else 0)
+
+    def __repr__(self) -> str:
+        return f"stacked={self.layers!r}" + (f", axes={self.axes}" if self.axes != 1 else "")
+
+
+@dataclass(frozen=True)
 class _Rank(Selector):
     at_least: int
     at_most: int | None
+    stacked: _Stacked | None = None
 
     def selects(self, path: str, leaf: Any) -> bool:
-        return self.at_least <= np.ndim(leaf) <= (np.inf if self.at_most is None else self.at_most)
+        rank = self.stacked.rank(path, leaf) if self.stacked else np.ndim(leaf)
+        return self.at_least <= rank <= (np.inf if self.at_most is None else self.at_most)
 
     def __repr__(self) -> str:
         upper = "" if self.at_most is None else f", at_most={self.at_most}"
-        return f"where.rank(at_least={self.at_least}{upper})"
+        stacked = f", {self.stacked!r}" if self.stacked else ""
+        return f"where.rank(at_least={self.at_least}{upper}{stacked})"
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,8 @@ class _Kernels(Selector):
       normalization.)
 
     A tree that is one array is a kernel. To see what is chosen, call `mask` on the parameters.
+    Where layers are stacked for a scan, the vectors that no name tells apart have two axes, too:
+    see `kernels_with`.
 
     >>> params = {"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
     ...           "norm": {"scale": np.ones(3)}}
@@ -207,10 +227,12 @@ class _Kernels(Selector):
     {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
     """
 
+    stacked: _Stacked | None = None
+
     def selects(self, path: str, leaf: Any) -> bool:
         if not path:
             return True
-        rank = np.ndim(leaf)
+        rank = self.stacked.rank(path, leaf) if self.stacked else np.ndim(leaf)
         # Positions in lists and tuples say nothing about what a leaf is for.
         components = [_words(part) for part in path.split("/") if not part.isdecimal()]
         name = components[-1] if components else []
@@ -225,7 +247,7 @@ class _Kernels(Selector):
         return rank >= (1 if last in _VECTOR_KERNELS else 2)
 
     def __repr__(self) -> str:
-        return "where.kernels"
+        return f"where.kernels_with({self.stacked!r})" if self.stacked else "where.kernels"
 
 
 _VECTOR_KERNELS = {"w", "coef", "coefs"}
@@ -268,12 +290,41 @@ def path(pattern: str) -> Selector:
     return _Path(pattern)
 
 
-def rank(*, at_least: int = 0, at_most: int | None = None) -> Selector:
+def kernels_with(*, stacked: Selector | str, axes: int = 1) -> Selector:
+    """`kernels`, for models whose layers are stacked along leading axes, as scans hold them.
+
+    Args:
+        stacked: the leaves that are stacked, such as ``"blocks/**"``.
+        axes: how many of their leading axes count layers, not features.
+
+    Returns:
+        A selector, which may be combined with others.
+
+    Raises:
+        ValueError: where an argument is none of these.
+
+    >>> params = {"blocks": {"up": np.ones((12, 4, 8)), "shift": np.ones((12, 8))}}
+    >>> kernels.mask(params), kernels_with(stacked="blocks/**").mask(params)
+    ({'blocks': {'shift': True, 'up': True}}, {'blocks': {'shift': False, 'up': True}})
+    """
+    return _Kernels(_as_stacked(stacked, axes))
+
+
+def _as_stacked(stacked: Selector | str, axes: int) -> _Stacked:
+    with _check.of_argument("stacked"):
+        layers = as_selector(stacked)
+    return _Stacked(layers, _check.whole_number("axes", axes, at_least=1))
+
+
+def rank(
+    *, at_least: int = 0, at_most: int | None = None, stacked: Selector | str | None = None
+) -> Selector:
     """Leaves whose number of axes lies between two bounds, both included.
 
     Args:
         at_least: a whole number.
         at_most: a whole number >= `at_least`; None for no bound.
+        stacked: leaves whose first axis counts the layers of a scan, and is not counted.
 
     Returns:
         A selector, which may be combined with others.
@@ -287,7 +338,7 @@ def rank(*, at_least: int = 0, at_most: int | None = None) -> Selector:
     at_least = _check.whole_number("at_least", at_least, at_least=0)
     if at_most is not None:
         at_most = _check.whole_number("at_most", at_most, at_least=at_least)
-    return _Rank(at_least, at_most)
+    return _Rank(at_least, at_most, None if stacked is None else _as_stacked(stacked, 1))
 
 
 def predicate(function: Callable[[str, Any], bool]) -> Selector:

@@ -533,6 +533,20 @@ CASES: list[Case] = [
     _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1), takes_complex=True),
     _transform(
+        "weight_decay",
+        lambda s: jaxreg.weight_decay(
+            s, rate=0.1, toward=jaxreg.ema(0.5), gate="cautious", profile="huber"
+        ),
+    ),
+    _transform(
+        "watch",
+        lambda s: jaxreg.watch(),
+        has_strength=False,
+        joins_leaves=True,
+        takes_complex=True,
+        accuracy=1e-3,  # the angle of a step along the weights is a root of rounding
+    ),
+    _transform(
         "proximal", lambda s: jaxreg.proximal(optax.trace(0.5), 0.1, jaxreg.L1(s)), holds_optax=True
     ),
     _transform(

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -134,3 +135,210 @@ def test_bad_strengths_are_refused(bad):
         jaxreg.l2_decay(bad)
     with pytest.raises(ValueError, match="^rate: got"):
         jaxreg.weight_decay(0.1, bad)
+
+
+# The names that papers give it --------------------------------------------------------------------
+
+STEPS = 6
+PEAK, STRENGTH = 0.3, 0.2
+
+
+def schedule(count):
+    """Up and down, with numbers for count of JAX, NumPy and Python."""
+    return PEAK * (1 - abs(count - 2) / 5)
+
+
+FROM = np.array([[2.0, -4.0], [0.5, 0.0]])
+NOISE = np.random.default_rng(0).normal(size=(STEPS, 2, 2))
+
+
+def average(p, state, decay=0.9):
+    """The anchor of a step, and that of the next one."""
+    anchor = state.get("average", FROM)
+    state["average"] = decay * anchor + (1 - decay) * p
+    return anchor
+
+
+# name: the arguments, and the weights after a step by the paper, p' = paper(t, p, u, state), where
+# u is the direction, which goes down as -rate * u.
+NAMES = {
+    "AdamW": ({}, lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * p)),
+    "independent, scheduled": (
+        {"rate": lambda t: schedule(t) / PEAK},
+        lambda t, p, u, s: p - schedule(t) / PEAK * (PEAK * u + STRENGTH * p),
+    ),
+    "independent, constant": (
+        {"rate": 1.0},
+        lambda t, p, u, s: p - schedule(t) * u - STRENGTH * p,
+    ),
+    "PaLM": (
+        {"rate": lambda t: schedule(t) ** 2},
+        lambda t, p, u, s: p - schedule(t) * u - STRENGTH * schedule(t) ** 2 * p,
+    ),
+    "AdamC": (
+        {"rate": lambda t: schedule(t) ** 2 / PEAK},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * schedule(t) / PEAK * p),
+    ),
+    "cautious": (
+        {"gate": "cautious"},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * (u * p >= 0) * p),
+    ),
+    "L2-SP": (
+        {"toward": "init"},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * (p - FROM)),
+    ),
+    "L2-SP, another start": (
+        {"toward": {"kernel": jnp.full((2, 2), 0.5)}},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * (p - 0.5)),
+    ),
+    "EMA": (
+        {"toward": jaxreg.ema(0.9)},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * (p - average(p, s))),
+    ),
+    "AdamHD": (
+        {"profile": "huber", "delta": 0.7},
+        lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * np.clip(p, -0.7, 0.7)),
+    ),
+    "L1": (
+        {"profile": "l1"},
+        lambda t, p, u, s: (
+            p - schedule(t) * u - np.sign(p) * np.minimum(np.abs(p), schedule(t) * STRENGTH)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_that_papers_give_it(name):
+    arguments, paper = NAMES[name]
+    decay = jaxreg.weight_decay(STRENGTH, **arguments)
+    tx = jaxreg.regularize(optax.identity(), schedule, decay=decay)
+
+    def step(carry, g):
+        updates, state = tx.update({"kernel": g}, carry[1], carry[0])
+        params = optax.apply_updates(carry[0], updates)
+        return (params, state), params["kernel"]
+
+    params = {"kernel": jnp.asarray(FROM, jnp.float32)}
+    _, found = jax.lax.scan(step, (params, tx.init(params)), jnp.asarray(NOISE, jnp.float32))
+    p, memory = FROM, {}
+    for t in range(STEPS):
+        p = paper(t, p, NOISE[t], memory)
+        np.testing.assert_allclose(found[t], p, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_tells_the_decay_of_the_last_step():
+    tx = jaxreg.weight_decay(0.5, rate=lambda count: 0.1 * (count + 1))
+    state = tx.init(PARAMS)
+    for expected in (0.05, 0.1):
+        _, state = tx.update(GRADS, state, PARAMS)
+        assert float(state.amount) == pytest.approx(expected)
+
+
+# Anchors -----------------------------------------------------------------------------------------
+
+
+def anchored(toward, params=PARAMS, **rest):
+    tx = jaxreg.weight_decay(0.5, rate=1.0, toward=toward, **rest)
+    return tx, tx.init(params)
+
+
+@pytest.mark.parametrize("toward", ["init", PARAMS, jaxreg.ema(0.9)], ids=["init", "tree", "ema"])
+def test_anchors_are_copies_of_what_decays(toward):
+    params = jax.tree.map(jnp.copy, PARAMS)
+    tx, state = anchored(toward, params)
+    assert isinstance(state.anchor["dense"]["bias"], optax.MaskedNode)
+    # Parameters and state are donated: an array that is in both could not be.
+    step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=(0, 1))
+    updates, state = step(params, state)
+    chex.assert_trees_all_close(updates["dense"]["kernel"], PARAMS["dense"]["kernel"])
+    assert PARAMS["dense"]["kernel"].tolist() == [[2.0, -4.0]]
+
+
+def test_an_average_of_bf16_weights_is_kept_in_float32():
+    params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    tx, state = anchored(jaxreg.ema(0.999), params)
+    moved = {"kernel": jnp.full((2, 2), 2, jnp.bfloat16)}
+    updates, state = tx.update(moved, state, moved)
+    assert state.anchor["kernel"].dtype == jnp.float32
+    np.testing.assert_allclose(state.anchor["kernel"], 1.001, rtol=1e-6)
+    assert updates["kernel"].dtype == jnp.bfloat16
+
+
+def test_anchors_under_masked_are_those_of_the_leaves_that_are_seen():
+    params = {"a": jnp.full((2, 2), 3.0), "b": jnp.full((2, 2), 5.0)}
+    tx = jaxreg.weight_decay(1.0, rate=1.0, toward=jax.tree.map(jnp.ones_like, params))
+    masked = optax.masked(tx, {"a": True, "b": False})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = masked.update(zeros, masked.init(params), params)
+    chex.assert_trees_all_close(updates, {"a": jnp.full((2, 2), -2.0), "b": jnp.zeros((2, 2))})
+
+
+def test_complex_weights_decay_by_their_modulus():
+    w = jnp.array([[3 + 4j, 0.3j, 0]])
+    found = {}
+    for profile in ("quadratic", "huber", "l1"):
+        tx = jaxreg.weight_decay(0.5, rate=1.0, profile=profile)
+        found[profile], _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
+    np.testing.assert_allclose(found["quadratic"], -0.5 * w)
+    np.testing.assert_allclose(found["huber"], [[-0.3 - 0.4j, -0.15j, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found["l1"], [[-0.3 - 0.4j, -0.3j, 0]], rtol=1e-6)
+    gated = jaxreg.weight_decay(0.5, rate=1.0, gate="cautious")
+    step = jnp.array([[1j, -1 - 1j, 1 + 0j]])  # outwards, inwards, from 0
+    updates, _ = gated.update(step, gated.init(w), w)
+    np.testing.assert_allclose(updates - step, [[0, -0.15j, 0]], rtol=1e-6)
+
+
+def test_the_gate_looks_at_signs_where_products_underflow():
+    tx = jaxreg.weight_decay(0.5, rate=1.0, gate="cautious")
+    w = jnp.array([[1e-30, 1e-30]])
+    step = jnp.array([[1e-30, -1e-30]])
+    updates, _ = tx.update(step, tx.init(w), w)
+    np.testing.assert_allclose(updates - step, [[0, -0.5e-30]], rtol=1e-6)
+
+
+def test_an_l1_decay_ends_at_the_anchor_exactly():
+    tx = jaxreg.weight_decay(0.5, rate=1.0, profile="l1", toward={"kernel": jnp.full((1, 3), 2.0)})
+    params = {"kernel": jnp.array([[2.25, 1.5, 9.0]])}
+    updates, _ = tx.update({"kernel": jnp.zeros((1, 3))}, tx.init(params), params)
+    assert optax.apply_updates(params, updates)["kernel"].tolist() == [[2.0, 2.0, 8.5]]
+
+
+OTHER = {"dense": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(2)}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"profile": "hubert"}, r"^profile: got 'hubert' \(did you mean 'huber'\?\)"),
+        ({"gate": "cautius"}, r"^gate: got 'cautius' \(did you mean 'cautious'\?\)"),
+        ({"toward": "start"}, "^toward: got 'start'; accepted: init"),
+        ({"delta": 1.0}, "^delta: got 1.0 with 'quadratic'; accepted: None"),
+        ({"profile": "huber", "delta": 0}, "^delta: got 0.0"),
+        ({"toward": jnp.ones(3)}, "^toward: got a tree without the leaf dense/bias"),
+        ({"toward": {"dense": {**OTHER["dense"], "more": 1.0}}}, "^toward: got shape .*kernel"),
+        ({"toward": OTHER}, r"^toward: got shape \(2, 1\) for \(1, 2\) on dense/kernel"),
+        ({"toward": {**PARAMS, "more": jnp.ones(2)}}, "^toward: got a leaf more, which params"),
+    ],
+)
+def test_bad_anchors_and_names_are_refused_at_init_at_the_latest(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jaxreg.weight_decay(0.1, 1.0, **arguments).init(PARAMS)
+
+
+def test_the_weights_at_init_need_parameters_at_init():
+    with pytest.raises(ValueError, match="^toward: got 'init' without parameters at init"):
+        jaxreg.weight_decay(0.1, 1.0, toward="init").init(None)
+    with pytest.raises(ValueError, match="^decay: got 1.0"):
+        jaxreg.ema(1.0)
+
+
+def test_new_strengths_and_deltas_compile_nothing_new():
+    @jax.jit
+    def step(strength, delta, toward):
+        tx = jaxreg.weight_decay(strength, 1.0, profile="huber", delta=delta, toward=toward)
+        return tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]
+
+    for number in (0.1, 0.2):
+        step(number, number, PARAMS)
+    assert step._cache_size() == 1

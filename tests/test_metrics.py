@@ -1,5 +1,6 @@
 """What an optimizer's state tells of its last step."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +44,7 @@ TRANSFORMATIONS = {
         jaxreg.regularize(
             optax.scale_by_adam(), 0.1, clip=1.0, decay=jaxreg.weight_decay(0.1, where="a")
         ),
-        ONE,
+        ONE | {"decay.amount": pytest.approx(0.01)},
     ),
     "two in a chain": (
         optax.chain(jaxreg.clip_by_global_norm(6.5), jaxreg.clip_by_leaf_norm(3.0)),
@@ -118,3 +119,52 @@ def test_before_the_first_step_there_are_numbers_already():
 def test_plain_optax_tells_nothing(tx):
     assert jaxreg.metrics(tx.init(PARAMS)) == {}
     assert jax.jit(jaxreg.metrics)(tx.init(PARAMS)) == {}
+
+
+def test_what_a_step_does_to_the_weights_against_numpy():
+    rng = np.random.default_rng(0)
+    w = {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}
+    u = jax.tree.map(lambda x: rng.normal(size=x.shape), w)
+    w["kernel"][0] = u["kernel"][0] = 0
+    for where in (jaxreg.where.kernels, jaxreg.where.everything):
+        tx = optax.chain(optax.identity(), jaxreg.watch(where=where))
+        params, moves = (jax.tree.map(jnp.float32, tree) for tree in (w, u))
+        updates, state = jax.jit(tx.update)(moves, tx.init(params), params)
+        chex.assert_trees_all_equal(updates, moves)
+        chosen = [*w] if where is jaxreg.where.everything else ["kernel"]
+        p = np.concatenate([w[k].ravel() for k in chosen])
+        step = np.concatenate([u[k].ravel() for k in chosen])
+        after = p + step
+        expected = {
+            "weights.norm": np.linalg.norm(after),
+            "weights.update_norm": np.linalg.norm(step),
+            "weights.update_ratio": np.linalg.norm(step) / np.linalg.norm(after),
+            "weights.angle": np.arccos(p @ after / np.linalg.norm(p) / np.linalg.norm(after)),
+            "weights.zeros": (after == 0).mean(),
+        }
+        assert jaxreg.metrics(state) == pytest.approx(expected, rel=1e-5)
+
+
+def test_small_angles_are_not_lost_to_rounding():
+    tx, w = jaxreg.watch(), jnp.ones((100, 100))
+    _, state = tx.update(1e-6 * w.at[::2].set(-1), tx.init(w), w)
+    assert float(state.angle) == pytest.approx(1e-6, rel=0.05)  # arccos would give 0 or 3e-4
+    _, state = tx.update(-w, tx.init(w), w)
+    assert [float(x) for x in state] == pytest.approx([0, 100, 100, np.pi / 2, 1])
+
+
+def test_the_weights_watched_are_those_of_apply_updates_and_sharded_as_whole():
+    w = jnp.ones((8, 2), jnp.bfloat16)
+    tx = jaxreg.watch(axis_name="x")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def watched(u, w):
+        return tx.update(u, tx.init(w), w)[1]
+
+    found = jax.shard_map(
+        watched, mesh=mesh, in_specs=(spec, spec), out_specs=jax.sharding.PartitionSpec()
+    )(jnp.full_like(w, 1e-3), w)
+    assert float(found.weight_norm) == 4  # 1.001 is no bf16 number
+    assert float(found.update_norm) == pytest.approx(4e-3, rel=1e-2)
+    assert float(found.zeros) == 0

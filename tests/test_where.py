@@ -142,6 +142,45 @@ def test_kernels_by_name_and_rank(path, shape, expected):
     assert where.kernels.selects(path, np.ones(shape)) is expected
 
 
+def test_axes_that_count_stacked_layers_are_not_counted():
+    params = {
+        "blocks": {"up": jnp.ones((12, 4, 8)), "shift": jnp.ones((12, 8))},
+        "head": {"up": jnp.ones((4, 8)), "shift": jnp.ones(8)},
+    }
+    chosen = {
+        "blocks": {"up": True, "shift": False},
+        "head": {"up": True, "shift": False},
+    }
+    assert where.kernels.mask(params)["blocks"]["shift"]
+    assert where.kernels_with(stacked="blocks/**").mask(params) == chosen
+    assert where.rank(at_least=2, stacked="blocks/**").mask(params) == chosen
+    pairs = {"blocks": {"up": jnp.ones((2, 6, 4, 8)), "shift": jnp.ones((2, 6, 8))}}
+    rule = where.kernels_with(stacked=where.path("blocks/**"), axes=2)
+    assert rule.mask(pairs) == {"blocks": {"up": True, "shift": False}}
+    assert repr(rule) == "where.kernels_with(stacked=where.path('blocks/**'), axes=2)"
+
+
+def test_kernels_of_scanned_flax_layers_are_found_by_name():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x, _):
+            return linen.LayerNorm()(linen.Dense(4)(x)), None
+
+    scanned = linen.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    params = scanned().init(jax.random.key(0), jnp.ones((2, 4)), None)["params"]
+    for rule in (where.kernels, where.kernels_with(stacked="**")):
+        mask = rule.mask(params)
+        assert mask["Dense_0"] == {"kernel": True, "bias": False}
+        assert mask["LayerNorm_0"] == {"scale": False, "bias": False}
+
+    @nnx.vmap(in_axes=0)
+    def stack(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    state = nnx.state(stack(jax.random.split(jax.random.key(0), 3)), nnx.Param)
+    assert jax.tree.leaves(where.kernels_with(stacked="**").mask(state)) == [False, True]
+
+
 def test_a_bare_array_is_a_kernel():
     assert where.kernels.mask(jnp.ones(3)) is True
 
@@ -210,6 +249,8 @@ def test_selectors_written_alike_are_equal_and_hash_alike():
         (lambda: where.rank(at_least=3, at_most=1), "at_most: got 1; accepted: .* >= 3"),
         (lambda: where.predicate("kernel"), "function: got 'kernel'"),
         (lambda: where.path("a") & 3, "where: got 3; accepted: a selector"),
+        (lambda: where.kernels_with(stacked=3), "stacked: got 3; accepted: a selector"),
+        (lambda: where.kernels_with(stacked="a", axes=0), "axes: got 0; accepted: a whole"),
     ],
 )
 def test_bad_arguments(call, message):

@@ -32,6 +32,7 @@ from jaxreg.transforms.pruning import PruningState, magnitude_pruning, n_m_pruni
 from jaxreg.transforms.rounding import StochasticRoundingState, stochastic_rounding
 from jaxreg.transforms.skipping import SkipState, skip_step
 from jaxreg.transforms.sparsity import SparsityState, sparsity_target
+from jaxreg.transforms.watching import WatchState, watch
 
 __all__ = [
     "AverageState",
@@ -48,6 +49,7 @@ __all__ = [
     "SkipState",
     "SparsityState",
     "StochasticRoundingState",
+    "WatchState",
     "adagc",
     "adaptive_clip",
     "asam",
@@ -78,6 +80,7 @@ __all__ = [
     "spike_aware_clip",
     "stochastic_rounding",
     "swa",
+    "watch",
     "weight_decay",
     "zclip",
 ]
