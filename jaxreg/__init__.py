@@ -77,6 +77,12 @@ if TYPE_CHECKING:
     from jaxreg.transforms import ema as ema
     from jaxreg.transforms import ema_of_params as ema_of_params
     from jaxreg.transforms import gradient_noise as gradient_noise
+    from jaxreg.transforms import constrain as constrain
+    from jaxreg.transforms import constrained_decay as constrained_decay
+    from jaxreg.transforms import decay_from_timescale as decay_from_timescale
+    from jaxreg.transforms import diagonal_fisher as diagonal_fisher
+    from jaxreg.transforms import ewc as ewc
+    from jaxreg.transforms import hyperball as hyperball
     from jaxreg.transforms import l2_decay as l2_decay
     from jaxreg.transforms import lookahead as lookahead
     from jaxreg.transforms import magnitude_pruning as magnitude_pruning
@@ -89,8 +95,11 @@ if TYPE_CHECKING:
     from jaxreg.transforms import reapply as reapply
     from jaxreg.transforms import rmda as rmda
     from jaxreg.transforms import sam as sam
+    from jaxreg.transforms import selective_projection_decay as selective_projection_decay
     from jaxreg.transforms import skip_step as skip_step
     from jaxreg.transforms import sparsity_target as sparsity_target
+    from jaxreg.transforms import spectral_cap as spectral_cap
+    from jaxreg.transforms import spectral_decay as spectral_decay
     from jaxreg.transforms import spike_aware_clip as spike_aware_clip
     from jaxreg.transforms import stochastic_rounding as stochastic_rounding
     from jaxreg.transforms import swa as swa
@@ -194,6 +203,15 @@ _HOMES = {
     "rmda": "jaxreg.transforms",
     "sparsity_target": "jaxreg.transforms",
     "watch": "jaxreg.transforms",
+    "constrain": "jaxreg.transforms",
+    "constrained_decay": "jaxreg.transforms",
+    "decay_from_timescale": "jaxreg.transforms",
+    "diagonal_fisher": "jaxreg.transforms",
+    "ewc": "jaxreg.transforms",
+    "hyperball": "jaxreg.transforms",
+    "selective_projection_decay": "jaxreg.transforms",
+    "spectral_cap": "jaxreg.transforms",
+    "spectral_decay": "jaxreg.transforms",
     "weight_decay": "jaxreg.transforms",
     "where": "jaxreg.where",
 }

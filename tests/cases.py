@@ -22,6 +22,7 @@ OTHER_NAMES = {
     "certificate",
     "compress",
     "ema",
+    "decay_from_timescale",
     "global_norm",
     "groups",
     "leaf_norms",
@@ -217,6 +218,11 @@ def _joint(s: Any, x: jax.Array) -> Any:
     joint = jaxreg.Joint(jaxreg.GroupLasso(s), {"kernel": 0, "bias": ()})
     layer = joint.prox({"kernel": x[1:], "bias": x[0]}, 0.5)
     return jnp.concatenate([layer["bias"][None], layer["kernel"]])
+
+
+def _ewc(s: Any, x: jax.Array) -> Any:
+    tx = jaxreg.ewc(s, jnp.zeros((4, 3), x.dtype), jnp.full((4, 3), 2, x.dtype))
+    return tx.update(x, tx.init(x), x)
 
 
 CASES: list[Case] = [
@@ -532,6 +538,18 @@ CASES: list[Case] = [
     ),
     _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1), takes_complex=True),
+    _transform("constrained_decay", lambda s: jaxreg.constrained_decay(s, "dependent")),
+    _transform(
+        "selective_projection_decay",
+        lambda s: jaxreg.selective_projection_decay(optax.sgd(0.1), s, toward="init"),
+        holds_optax=True,
+        has_strength=False,
+    ),
+    _transform("hyperball", jaxreg.hyperball),
+    Case("ewc", _ewc),
+    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1)),
+    _transform("spectral_cap", jaxreg.spectral_cap),
+    _transform("constrain", lambda s: jaxreg.constrain(jaxreg.LInfBall(s))),
     _transform(
         "weight_decay",
         lambda s: jaxreg.weight_decay(
@@ -604,6 +622,11 @@ CASES: list[Case] = [
         whole_strength=0,
         has_strength=False,
         holds_optax=True,
+    Case(
+        "diagonal_fisher",
+        lambda s, x: jaxreg.diagonal_fisher(
+            lambda w, y: -jnp.sum(s * (w - y) ** 2), x[0], (x[1:],), micro_batch=2
+        ),
     ),
     # Averages
     _transform("ema_of_params", jaxreg.ema_of_params, whole_strength=0),

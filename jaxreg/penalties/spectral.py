@@ -124,26 +124,23 @@ class _SoftThreshold(Spectral):
         return Values(level - t, level, _ones(s >= t, s), -_ones(s > t, s), jnp.minimum(s, t), near)
 
     def by_products(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        # X = Q H with H = V diag(s) V^T, so the result is Q (H - t I)_+, by the sign of H - t I.
-        tall = x if x.shape[-2] >= x.shape[-1] else mT(x)
-        q = newton_schulz(tall)
-        h = matmul(mT(q), tall)
-        shifted = (h + mT(h)) / 2 - t * _identity(h)
-        magnitude = matmul(newton_schulz(shifted), shifted)
-        excess = (shifted + (magnitude + mT(magnitude)) / 2) / 2
-        result = matmul(q, excess)
-        result = result if tall is x else mT(result)
-        return jnp.where(t == 0, x, jnp.where(_matrix(norm_bound(x)) <= t, 0 * x, result))
+        return _soft_threshold(x, t)
 
 
-class _Clip(Spectral):
+@dataclasses.dataclass(frozen=True)
+class Clip(Spectral):
+    """The smaller of a singular value and the parameter."""
+
+    steps: int | None = None
+    """Of each of the two iterations; by default as many as rounding allows for."""
+
     def at(self, s: jax.Array, t: jax.Array) -> Values:
         f = jnp.minimum(s, t)
         drop = jnp.where(s - t <= 8 * jnp.finfo(s.dtype).eps * t, 0, s - t)
         return Values(f, f, _ones(s < t, s), _ones(s > t, s), drop, s[..., 0] <= 2 * t)
 
     def by_products(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        return x - SOFT_THRESHOLD.by_products(x, t)
+        return x - _soft_threshold(x, t, self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +195,7 @@ class _Sign(Spectral):
         return newton_schulz(x)
 
 
-SOFT_THRESHOLD, CLIP, POLAR, _SIGN = _SoftThreshold(), _Clip(), _Polar(), _Sign()
+SOFT_THRESHOLD, CLIP, POLAR, _SIGN = _SoftThreshold(), Clip(), _Polar(), _Sign()
 OVERSAMPLING, SUBSPACE_ROUNDS = 8, 4
 
 
@@ -209,15 +206,29 @@ def sign(exact: bool, x: jax.Array) -> jax.Array:
 # Matrix products -------------------------------------------------------------------------------
 
 
-def newton_schulz(x: jax.Array) -> jax.Array:
+def _soft_threshold(x: jax.Array, t: jax.Array, steps: int | None = None) -> jax.Array:
+    # X = Q H with H = V diag(s) V^T, so the result is Q (H - t I)_+, by the sign of H - t I.
+    tall = x if x.shape[-2] >= x.shape[-1] else mT(x)
+    q = newton_schulz(tall, steps)
+    h = matmul(mT(q), tall)
+    shifted = (h + mT(h)) / 2 - t * _identity(h)
+    magnitude = matmul(newton_schulz(shifted, steps), shifted)
+    excess = (shifted + (magnitude + mT(magnitude)) / 2) / 2
+    result = matmul(q, excess)
+    result = result if tall is x else mT(result)
+    return jnp.where(t == 0, x, jnp.where(_matrix(norm_bound(x)) <= t, 0 * x, result))
+
+
+def newton_schulz(x: jax.Array, steps: int | None = None) -> jax.Array:
     r"""The polar factor $U V^T$ of X; for a symmetric X, its matrix sign.
 
     The iteration $X \leftarrow \frac32 \rho X - \frac12 \rho^3 X X^T X$ with a scaling $\rho \ge 1$
     that takes singular values from $[l, 1]$ to the shortest such interval, for l from the rounding
     error to 1: 21 steps in float32, 43 in float64. Singular values below the rounding error times
-    `norm_bound` do not reach 1, and 0 stays 0. Source: J. Chen and E. Chow, *A stable scaling of
-    Newton-Schulz for improving the sign function computation of a Hermitian matrix*, Argonne
-    National Laboratory, ANL/MCS-P5059-0114, 2014.
+    `norm_bound` do not reach 1, and 0 stays 0. A number of `steps` is for the widest l that it
+    takes to 1 - 1e-6: 1.3e-3 for 10, 2e-4 for 12. Source: J. Chen and E. Chow, *A stable scaling
+    of Newton-Schulz for improving the sign function computation of a Hermitian matrix*,
+    Argonne National Laboratory, ANL/MCS-P5059-0114, 2014.
     """
     bound = _matrix(norm_bound(x))
     tall = x.shape[-2] >= x.shape[-1]
@@ -226,19 +237,42 @@ def newton_schulz(x: jax.Array) -> jax.Array:
         cube = matmul(y, matmul(mT(y), y)) if tall else matmul(matmul(y, mT(y)), y)
         return 1.5 * rho * y - 0.5 * rho**3 * cube, None
 
-    scalings = jnp.asarray(_scalings(float(jnp.finfo(x.dtype).eps)), x.dtype)
-    return jax.lax.scan(step, x / jnp.where(bound > 0, bound, 1), scalings)[0]
+    eps = float(jnp.finfo(x.dtype).eps)
+    scalings = _scalings(eps) if steps is None else _few_scalings(steps)
+    start = x / jnp.where(bound > 0, bound, 1)
+    return jax.lax.scan(step, start, jnp.asarray(scalings, x.dtype))[0]
 
 
 def _scalings(lower: float) -> np.ndarray:
     """The scaling of each step from the interval [lower, 1] until it is 1 up to rounding."""
-    # The cap keeps a singular value that rounding puts above 1 from changing its sign.
-    cap, tolerance, scalings = 1.697, lower**0.5 / 8, []
+    tolerance, scalings = lower**0.5 / 8, []
     while 1 - lower > tolerance:
-        rho = min(cap, (3 / (1 + lower + lower**2)) ** 0.5)
+        rho, lower = _scaled(lower)
         scalings.append(rho)
-        lower = 0.5 * rho * lower * (3 - (rho * lower) ** 2)
     return np.array([*scalings, 1.0])
+
+
+@functools.cache
+def _few_scalings(steps: int) -> np.ndarray:
+    """The scalings of the widest interval that so many steps take to 1 up to 1e-6."""
+    low, high, target = 1e-16, 0.999, 1 - 1e-6
+    for _ in range(60):
+        lower = start = (low * high) ** 0.5
+        for _ in range(steps):
+            _, lower = _scaled(lower)
+        low, high = (low, start) if lower > target else (start, high)
+    scalings, lower = [], high
+    for _ in range(steps):
+        rho, lower = _scaled(lower)
+        scalings.append(rho)
+    return np.array(scalings)
+
+
+def _scaled(lower: float) -> tuple[float, float]:
+    """The scaling of a step from the interval [lower, 1], and the lower end after it."""
+    # The cap keeps a singular value that rounding puts above 1 from changing its sign.
+    rho = min(1.697, (3 / (1 + lower + lower**2)) ** 0.5)
+    return rho, 0.5 * rho * lower * (3 - (rho * lower) ** 2)
 
 
 def norm_bound(x: jax.Array) -> jax.Array:

@@ -8,6 +8,14 @@ from jaxreg.transforms.averaging import (
     reapply,
     swa,
 )
+from jaxreg.transforms.anchored import (
+    EwcState,
+    SelectiveProjectionState,
+    diagonal_fisher,
+    ewc,
+    selective_projection_decay,
+)
+from jaxreg.transforms.averaging import reapply
 from jaxreg.transforms.clip import ClipState, NonfiniteState
 from jaxreg.transforms.clipping import (
     clip_by_global_norm,
@@ -19,6 +27,12 @@ from jaxreg.transforms.decay import DecayState, L2State, ema, l2_decay, weight_d
 from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
 from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
 from jaxreg.transforms.lookahead import LookaheadState, lookahead
+from jaxreg.transforms.constrained_decay import ConstrainedDecayState, constrained_decay
+from jaxreg.transforms.constraints import constrain
+from jaxreg.transforms.decay import DecayState, l2_decay, weight_decay
+from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
+from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
+from jaxreg.transforms.hyperball import HyperballState, hyperball
 from jaxreg.transforms.per_example import PerExample, per_example_clip
 from jaxreg.transforms.perturbation import (
     GradientNoiseState,
@@ -33,23 +47,30 @@ from jaxreg.transforms.rounding import StochasticRoundingState, stochastic_round
 from jaxreg.transforms.skipping import SkipState, skip_step
 from jaxreg.transforms.sparsity import SparsityState, sparsity_target
 from jaxreg.transforms.watching import WatchState, watch
+from jaxreg.transforms.spectral_decay import SpectralDecayState, spectral_cap, spectral_decay
+from jaxreg.transforms.timescale import decay_from_timescale
 
 __all__ = [
     "AverageState",
     "ClipState",
+    "ConstrainedDecayState",
     "DecayState",
     "DualAveragingState",
     "GradientNoiseState",
     "L2State",
     "LookaheadState",
+    "EwcState",
+    "HyperballState",
     "NonfiniteState",
     "PerExample",
     "ProximalState",
     "PruningState",
+    "SelectiveProjectionState",
     "SkipState",
     "SparsityState",
     "StochasticRoundingState",
     "WatchState",
+    "SpectralDecayState",
     "adagc",
     "adaptive_clip",
     "asam",
@@ -64,6 +85,12 @@ __all__ = [
     "ema",
     "ema_of_params",
     "gradient_noise",
+    "constrain",
+    "constrained_decay",
+    "decay_from_timescale",
+    "diagonal_fisher",
+    "ewc",
+    "hyperball",
     "l2_decay",
     "lookahead",
     "magnitude_pruning",
@@ -75,8 +102,11 @@ __all__ = [
     "reapply",
     "rmda",
     "sam",
+    "selective_projection_decay",
     "skip_step",
     "sparsity_target",
+    "spectral_cap",
+    "spectral_decay",
     "spike_aware_clip",
     "stochastic_rounding",
     "swa",

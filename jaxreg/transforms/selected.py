@@ -1,0 +1,118 @@
+"""The leaves that a transformation is for, and the rate of what comes after the learning rate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg import _check, _tree
+from jaxreg import where as _where
+
+Number = float | jax.Array
+
+
+def numbers(selector: _where.Selector, params: Any) -> list[int]:
+    """The numbers of the leaves that a selector chooses.
+
+    Raises:
+        ValueError: where it matches no leaf.
+    """
+    chosen = jax.tree.leaves(selector.mask(params))
+    return [i for i, yes in enumerate(chosen) if yes]
+
+
+def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
+    """The leaves chosen, at ``init``.
+
+    Raises:
+        ValueError: where the selector matches no leaf, or one that is no real floating array.
+    """
+    chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
+    _tree.check_real("params", chosen)
+    return jax.tree.leaves(chosen)
+
+
+def spread(selector: _where.Selector, params: Any, values: Sequence[Any]) -> Any:
+    """A tree with one value for each leaf chosen, and ``optax.MaskedNode`` elsewhere."""
+    filled: list[Any] = [optax.MaskedNode()] * jax.tree.structure(params).num_leaves
+    for i, value in zip(numbers(selector, params), values, strict=True):
+        filled[i] = value
+    return jax.tree.unflatten(jax.tree.structure(params), filled)
+
+
+def like_params(name: str, tree: Any, params: Any) -> Any:
+    """A tree that has the structure and the shapes of params.
+
+    Where params have a masked node, as inside ``optax.masked``, it may have anything.
+
+    Raises:
+        ValueError: where it has not, with the argument's name and the first leaf that differs.
+    """
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    treedef = jax.tree.structure(params, is_leaf=is_masked)
+    try:
+        given = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        found = f"a tree of the structure {jax.tree.structure(tree)}"
+        raise _check.ArgumentError(name, _short(found), "a tree like params") from None
+    own = jax.tree.leaves(params, is_leaf=is_masked)
+    paths = iter(_where.paths(params))
+    for value, p in zip(given, own, strict=True):
+        if is_masked(p):
+            continue
+        with _check.on_leaf(next(paths)):
+            if not _check.is_real(value) or tuple(value.shape) != tuple(p.shape):
+                accepted = f"a tree like params, with an array of shape {tuple(p.shape)} there"
+                raise _check.ArgumentError(name, _short(_check.describe(value)), accepted)
+    return jax.tree.unflatten(
+        treedef, [p if is_masked(p) else x for x, p in zip(given, own, strict=True)]
+    )
+
+
+def rate_of(
+    rate: Number | optax.Schedule | None, learning_rate: Number | None, count: jax.Array
+) -> Any:
+    """The rate at a step: a transformation's own, or the learning rate.
+
+    Raises:
+        ValueError: where neither is known.
+    """
+    if rate is not None:
+        return at(rate, count)
+    if learning_rate is None:
+        raise _check.ArgumentError(
+            "rate",
+            "None outside of jaxreg.regularize, where no learning rate is known",
+            "a number >= 0 or a schedule, such as the one the optimizer is given",
+        )
+    return learning_rate
+
+
+def at(value: Number | optax.Schedule, count: jax.Array) -> Any:
+    """A number, or a schedule's value at a step."""
+    return value(count) if _check.is_schedule(value) else value
+
+
+def stepped(count: jax.Array) -> jax.Array:
+    """The next count."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def moved(p: jax.Array, u: jax.Array) -> jax.Array:
+    """The weights after the step, p + u, in the dtype that p's steps are computed in."""
+    return _tree.widen(p) + u.astype(_tree.wide_dtype(p.dtype))
+
+
+def move_to(w: jax.Array, p: jax.Array) -> jax.Array:
+    """The update that takes p to w.
+
+    Of numbers in p's dtype: where w and p are within a factor of 2 the difference is exact, so that
+    ``optax.apply_updates`` gives w; and to a zero it is -p exactly.
+    """
+    return w.astype(p.dtype) - p
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."
