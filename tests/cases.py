@@ -89,6 +89,8 @@ class TransformCase(Case):
     takes_complex: bool = dataclasses.field(kw_only=True, default=False)
     # For two sharded kernels in one step, a branch for norms out of range included.
     collectives: int = dataclasses.field(kw_only=True, default=0)
+    # Of sharded matrix products, whose sums are taken in another order.
+    accuracy: float = dataclasses.field(kw_only=True, default=1e-6)
 
 
 def _penalty(
@@ -538,17 +540,20 @@ CASES: list[Case] = [
     ),
     _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1), takes_complex=True),
-    _transform("constrained_decay", lambda s: jaxreg.constrained_decay(s, "dependent")),
+    _transform(
+        "constrained_decay", lambda s: jaxreg.constrained_decay(s, "dependent"), collectives=2
+    ),
     _transform(
         "selective_projection_decay",
         lambda s: jaxreg.selective_projection_decay(optax.sgd(0.1), s, toward="init"),
         holds_optax=True,
         has_strength=False,
+        collectives=2,
     ),
-    _transform("hyperball", jaxreg.hyperball),
+    _transform("hyperball", jaxreg.hyperball, collectives=8),
     Case("ewc", _ewc),
-    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1)),
-    _transform("spectral_cap", jaxreg.spectral_cap),
+    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1), collectives=8),
+    _transform("spectral_cap", jaxreg.spectral_cap, collectives=19, accuracy=1e-5),
     _transform("constrain", lambda s: jaxreg.constrain(jaxreg.LInfBall(s))),
     _transform(
         "weight_decay",
@@ -625,7 +630,10 @@ CASES: list[Case] = [
     Case(
         "diagonal_fisher",
         lambda s, x: jaxreg.diagonal_fisher(
-            lambda w, y: -jnp.sum(s * (w - y) ** 2), x[0], (x[1:],), micro_batch=2
+            lambda w, y: -jnp.sum(jnp.asarray(s).astype(w.dtype) * (w - y) ** 2),
+            x[0],
+            (x[1:],),
+            micro_batch=2,
         ),
     ),
     # Averages

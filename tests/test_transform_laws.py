@@ -109,7 +109,7 @@ def test_sharded_parameters_need_the_collectives_stated(case: TransformCase, kin
         sharded = jax.device_put(p, shardings)
         compiled = jax.jit(step, out_shardings=shardings).lower(sharded).compile()
         found = compiled(sharded)
-    chex.assert_trees_all_close(found, jax.jit(step)(p), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(found, jax.jit(step)(p), rtol=case.accuracy, atol=case.accuracy)
     text = compiled.as_text()
     names = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
     counts = {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}

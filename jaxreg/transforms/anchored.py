@@ -34,7 +34,7 @@ def selective_projection_decay(
     toward: PyTree = "init",
     where: _where.Selector | str = _where.kernels,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Selective projection decay (SPD), for fine-tuning: decay of leaves that go away against the gradient.
+    r"""Selective projection decay (SPD), for fine-tuning: decay of steps that lead away.
 
     With $p_0$ the anchor, p a leaf before and $p'$ after the optimizer's step, $d = \|p - p_0\|$
     and $d' = \|p' - p_0\|$: where $\sum g \, (p - p_0) > 0$ for the gradient g that comes in, so

@@ -49,9 +49,9 @@ def constrained_decay(
     reached, and on it as much as the gradient asks for. Its place is after the learning rate, as
     ``regularize(decay=...)`` or as a link behind an optimizer.
 
-    A factor $1 - 2 \nu$ below 0 would turn the weights around, and further on let them grow
-    without limit. There (weights of mean square 1/2 above their bound) $\nu$ stays at 1/2 and the
-    weights are scaled to the bound.
+    The sum that is held at the bound is that of $p'$, before the decay. A factor $1 - 2 \nu$ below
+    0 would turn the weights around, and further on let them grow without limit: there (weights of
+    mean square 1/2 above their bound) $\nu$ stays at 1/2 and the weights are scaled to the bound.
 
     Args:
         kappa: a number > 0, or a traced scalar.
@@ -77,14 +77,14 @@ def constrained_decay(
     optimization through constrained parameter regularization*, NeurIPS 2024, arXiv:2311.09058.
 
     >>> import jax.numpy as jnp, jaxreg, optax
-    >>> tx = optax.chain(optax.sgd(0.1), jaxreg.constrained_decay(1.0, "dependent"))
-    >>> w = jnp.array([0.6, 0.8])
+    >>> tx = optax.chain(optax.sgd(0.01), jaxreg.constrained_decay(0.25, "uniform"))
+    >>> w = jnp.array([0.3, 0.4])
     >>> state = tx.init(w)
-    >>> for _ in range(100):  # a gradient that goes on pushing outward
-    ...     updates, state = tx.update(jnp.array([-0.6, -0.8]), state, w)
+    >>> for _ in range(200):  # the gradient goes on pushing outward
+    ...     updates, state = tx.update(jnp.array([-0.1, -0.1]), state, w)
     ...     w = optax.apply_updates(w, updates)
-    >>> print((w**2).sum().round(3))
-    1.0
+    >>> print((w**2).sum().round(2))
+    0.25
     """
     kappa = _check.positive_finite("kappa", kappa)
     mu = _check.positive_finite("mu", mu)

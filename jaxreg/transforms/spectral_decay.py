@@ -3,12 +3,15 @@ r"""Decay and a cap of singular values, of matrices in the last two axes of a le
 Leading axes are a batch, as for `jaxreg.SpectralBall`: each matrix has its own.
 """
 
+import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
@@ -111,13 +114,14 @@ def spectral_decay(
         rights = jax.tree.leaves(state.right)
         for k, i in enumerate(numbers(selector, params)):
             w = _tree.widen(leaves[i])
-            left, y, rights[k] = _leading(w, rights[k], iterations)
-            size = jnp.sum(y * rights[k], axis=-1)
-            for factor in factors:
-                size = size * jnp.asarray(factor).astype(w.dtype)
+            leading = functools.partial(_leading, iterations)
+            factor = jnp.ones((), w.dtype)
+            for own in factors:
+                factor = factor * jnp.asarray(own).astype(w.dtype)
+            component, rights[k] = _unsharded_rules(leading, w, rights[k])
             dtype = _tree.wide_dtype(moves[i].dtype)
-            decay = (size[..., None] * left)[..., :, None] * rights[k][..., None, :]
-            moves[i] = (moves[i].astype(dtype) - decay.astype(dtype)).astype(moves[i].dtype)
+            step = moves[i].astype(dtype) - (factor * component).astype(dtype)
+            moves[i] = step.astype(moves[i].dtype)
         right = spread(selector, params, rights)
         return treedef.unflatten(moves), SpectralDecayState(stepped(state.count), right)
 
@@ -189,11 +193,23 @@ def spectral_cap(
             if leaves[i].size:
                 w = moved(leaves[i], moves[i])
                 limit = jnp.asarray(beta).astype(w.dtype)
-                capped = spectral.apply(spectral.Clip(steps), False, w, limit)
-                moves[i] = move_to(capped, leaves[i])
+                cap = functools.partial(_capped, steps, limit)
+                moves[i] = move_to(_unsharded_rules(cap, w), leaves[i])
         return treedef.unflatten(moves), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _unsharded_rules(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """A function's result, sharded as its arrays are: one, or as many as they are.
+
+    Where shardings are explicit, a product along a sharded axis is refused: XLA decides there.
+    """
+    shardings = tuple(jax.typeof(x).sharding for x in arrays)
+    if AxisType.Explicit not in shardings[0].mesh.axis_types:
+        return function(*arrays)
+    wanted = shardings[0] if len(arrays) == 1 else shardings
+    return jax.sharding.auto_axes(function, out_sharding=wanted)(*arrays)
 
 
 def _matrices(selector: _where.Selector, params: Any) -> list[jax.Array]:
@@ -211,27 +227,30 @@ def _start(path: str, p: jax.Array) -> jax.Array:
     """Vectors of length 1 that depend on the leaf's path and shape alone."""
     shape = (*p.shape[:-2], p.shape[-1])
     key = jax.random.key(zlib.crc32(path.encode()))
-    return _unit(jax.random.normal(key, shape, _tree.wide_dtype(p.dtype)))
+    # Drawn in float32 for every dtype, so that it is the same one.
+    draws = jax.random.normal(key, shape, jnp.float32)
+    return _unit(draws.astype(_tree.wide_dtype(p.dtype)))
 
 
-def _leading(
-    w: jax.Array, right: jax.Array, iterations: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The left singular vectors u, W^T u, and the right ones."""
+def _capped(steps: int, limit: jax.Array, w: jax.Array) -> jax.Array:
+    return spectral.apply(spectral.Clip(steps), False, w, limit)
+
+
+def _leading(iterations: int, w: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The leading component, u s v^T, and v."""
     fixed, left, y = jax.lax.stop_gradient(w), right, right
     for _ in range(iterations):
-        left = _unit(spectral.matmul(fixed, right[..., None])[..., 0])
-        y = spectral.matmul(spectral.mT(w), left[..., None])[..., 0]
+        left = _unit(jnp.sum(fixed * right[..., None, :], axis=-1))
+        y = jnp.sum(w * left[..., :, None], axis=-2)
         found = jax.lax.stop_gradient(_unit(y))
         # A matrix of zeros has no direction, and may have one later on.
         lost = jnp.all(found == 0, axis=-1, keepdims=True)
         right = jnp.where(lost, right, found)
-    return left, y, right
+    size = jnp.sum(y * right, axis=-1, keepdims=True)
+    return (size * left)[..., :, None] * right[..., None, :], right
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1, and 0 where x is 0; their squares are in range."""
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
-    scaled = x / jnp.where(largest > 0, largest, 1)
-    squares = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)
-    return scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    """Vectors of length 1, and 0 where x is 0."""
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
