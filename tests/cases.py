@@ -552,7 +552,7 @@ CASES: list[Case] = [
     ),
     _transform("hyperball", jaxreg.hyperball, collectives=8),
     Case("ewc", _ewc),
-    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1), collectives=8),
+    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1), collectives=5),
     _transform("spectral_cap", jaxreg.spectral_cap, collectives=19, accuracy=1e-5),
     _transform("constrain", lambda s: jaxreg.constrain(jaxreg.LInfBall(s))),
     _transform(

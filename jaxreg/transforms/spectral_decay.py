@@ -224,12 +224,12 @@ def _matrices(selector: _where.Selector, params: Any) -> list[jax.Array]:
 
 
 def _start(path: str, p: jax.Array) -> jax.Array:
-    """Vectors of length 1 that depend on the leaf's path and shape alone."""
+    """Vectors that depend on the leaf's path and shape alone."""
     shape = (*p.shape[:-2], p.shape[-1])
     key = jax.random.key(zlib.crc32(path.encode()))
     # Drawn in float32 for every dtype, so that it is the same one.
     draws = jax.random.normal(key, shape, jnp.float32)
-    return _unit(draws.astype(_tree.wide_dtype(p.dtype)))
+    return draws.astype(_tree.wide_dtype(p.dtype))
 
 
 def _capped(steps: int, limit: jax.Array, w: jax.Array) -> jax.Array:
@@ -238,19 +238,18 @@ def _capped(steps: int, limit: jax.Array, w: jax.Array) -> jax.Array:
 
 def _leading(iterations: int, w: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The leading component, u s v^T, and v."""
-    fixed, left, y = jax.lax.stop_gradient(w), right, right
+    fixed = jax.lax.stop_gradient(w)
+    left, size = right, jnp.zeros((), w.dtype)
     for _ in range(iterations):
-        left = _unit(jnp.sum(fixed * right[..., None, :], axis=-1))
-        y = jnp.sum(w * left[..., :, None], axis=-2)
-        found = jax.lax.stop_gradient(_unit(y))
+        left, _ = _unit(jnp.sum(fixed * right[..., None, :], axis=-1))
+        found, size = _unit(jnp.sum(w * left[..., :, None], axis=-2))
         # A matrix of zeros has no direction, and may have one later on.
-        lost = jnp.all(found == 0, axis=-1, keepdims=True)
-        right = jnp.where(lost, right, found)
-    size = jnp.sum(y * right, axis=-1, keepdims=True)
+        right = jnp.where(size > 0, jax.lax.stop_gradient(found), right)
     return (size * left)[..., :, None] * right[..., None, :], right
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1, and 0 where x is 0."""
+def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vectors of length 1, and 0 where x is 0; and their length."""
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    size = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    return x / size, jnp.where(squares > 0, size, 0)
