@@ -70,10 +70,10 @@ def test_constrained_decay_is_the_papers_algorithm(init):
     )
     expected, bound, nu = cpr(p, updates, init, 0.9, 0.5, warm_up)
     assert np.isfinite(bound)
-    assert nu > 0
+    assert np.abs(expected[-1] - p - updates.sum(0)).max() > 0.05  # it acts
     np.testing.assert_allclose(path["kernel"], expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(state.bound, [bound], rtol=1e-6)
-    np.testing.assert_allclose(state.multiplier, [nu], rtol=1e-4)
+    np.testing.assert_allclose(state.multiplier, [nu], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(path["bias"][-1], p[0] + updates[:, 0].sum(0), rtol=1e-5)
 
 
@@ -255,7 +255,8 @@ def test_the_norm_on_the_hyperball_does_not_drift(dtype):
     path, state = trained(jaxreg.hyperball(0.02), p, moves)
     norms = np.linalg.norm(np.asarray(path["kernel"], np.float64), axis=(1, 2))
     radius = np.linalg.norm(np.asarray(p["kernel"], np.float64))
-    np.testing.assert_allclose(norms, radius, rtol=float(jnp.finfo(dtype).eps))
+    tolerance = 1e-6 if dtype == jnp.float32 else 2.0**-9  # half a unit of bf16
+    np.testing.assert_allclose(norms, radius, rtol=tolerance)
     np.testing.assert_allclose(state.radii, [radius], rtol=1e-6)
     moved = np.linalg.norm(np.asarray(path["kernel"][-1] - p["kernel"], np.float64))
     assert moved > 0.3 * radius
@@ -289,7 +290,7 @@ def test_spectral_decay_shrinks_the_largest_singular_value_alone():
     tall = with_singular_values([3.0, 1.2, 0.1], (5, 3))
     stack = np.stack([tall, 2 * tall[::-1]])
     p = {"wide": wide, "tall": tall, "stack": stack}
-    still = {name: jnp.zeros((20, *x.shape)) for name, x in p.items()}
+    still = jax.tree.map(jnp.zeros_like, p)
     tx = jaxreg.spectral_decay(lambda count: 0.2 / (count + 1), 0.1, iterations=3)
     # Power iteration finds the vectors first, at strength 0.
     ready = jaxreg.spectral_decay(0.0, 0.1, iterations=40)
@@ -298,7 +299,7 @@ def test_spectral_decay_shrinks_the_largest_singular_value_alone():
     factor = 1.0
     update = jax.jit(tx.update)
     for t in range(20):
-        updates, state = update(jax.tree.map(lambda x: x[t], still), state, p)
+        updates, state = update(still, state, p)
         p = jax.tree.map(jnp.add, p, updates)
         factor *= 1 - 0.1 * 0.2 / (t + 1)
     values = jax.tree.map(lambda x: np.linalg.svd(np.asarray(x, float), compute_uv=False), p)
@@ -445,7 +446,7 @@ def test_bad_use_is_refused_with_the_arguments_name(make):
     [*LINKS.values(), lambda: jaxreg.constrain(jaxreg.MaxNorm(1.0))],
     ids=[*LINKS, "constrain"],
 )
-def test_goes_with_multi_steps_and_injected_hyperparameters(make):
+def test_goes_with_multi_steps(make):
     p, g = {"kernel": jnp.ones((2, 3))}, {"kernel": jnp.full((2, 3), 0.1)}
     tx = optax.chain(optax.sgd(0.1), make())
     steps = optax.MultiSteps(tx, 2)
@@ -453,7 +454,7 @@ def test_goes_with_multi_steps_and_injected_hyperparameters(make):
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, p))
     updates, _ = steps.update(g, state, p)
     expected, _ = tx.update(g, tx.init(p), p)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_strength_of_a_timescale():
