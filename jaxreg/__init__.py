@@ -74,14 +74,14 @@ if TYPE_CHECKING:
     from jaxreg.transforms import clip_by_leaf_norm as clip_by_leaf_norm
     from jaxreg.transforms import clip_by_value as clip_by_value
     from jaxreg.transforms import clip_update_rms as clip_update_rms
-    from jaxreg.transforms import ema as ema
-    from jaxreg.transforms import ema_of_params as ema_of_params
-    from jaxreg.transforms import gradient_noise as gradient_noise
     from jaxreg.transforms import constrain as constrain
     from jaxreg.transforms import constrained_decay as constrained_decay
     from jaxreg.transforms import decay_from_timescale as decay_from_timescale
     from jaxreg.transforms import diagonal_fisher as diagonal_fisher
+    from jaxreg.transforms import ema as ema
+    from jaxreg.transforms import ema_of_params as ema_of_params
     from jaxreg.transforms import ewc as ewc
+    from jaxreg.transforms import gradient_noise as gradient_noise
     from jaxreg.transforms import hyperball as hyperball
     from jaxreg.transforms import l2_decay as l2_decay
     from jaxreg.transforms import lookahead as lookahead

@@ -89,7 +89,7 @@ class TransformCase(Case):
     takes_complex: bool = dataclasses.field(kw_only=True, default=False)
     # For two sharded kernels in one step, a branch for norms out of range included.
     collectives: int = dataclasses.field(kw_only=True, default=0)
-    # Of sharded matrix products, whose sums are taken in another order.
+    # In the laws where sums are taken in another order.
     accuracy: float = dataclasses.field(kw_only=True, default=1e-6)
 
 
@@ -627,6 +627,7 @@ CASES: list[Case] = [
         whole_strength=0,
         has_strength=False,
         holds_optax=True,
+    ),
     Case(
         "diagonal_fisher",
         lambda s, x: jaxreg.diagonal_fisher(

@@ -61,7 +61,7 @@ def test_a_scan_equals_a_loop(case: TransformCase):
     looped = (p, tx.init(p))
     for scale in scales:
         looped, _ = step(looped, scale)
-    chex.assert_trees_all_close(scanned, looped, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(scanned, looped, rtol=1e-5, atol=case.accuracy)
 
 
 SCALES = {"zero": 0.0, "denormal": 1e-42, "tiny": 1e-30, "big": 1e15}

@@ -1,13 +1,6 @@
 """Everything that changes gradients, updates or weights, as optax gradient transformations."""
 
 from jaxreg.transforms.adaptive_clipping import adagc, adaptive_clip, autoclip, zclip
-from jaxreg.transforms.averaging import (
-    AverageState,
-    averaged_params,
-    ema_of_params,
-    reapply,
-    swa,
-)
 from jaxreg.transforms.anchored import (
     EwcState,
     SelectiveProjectionState,
@@ -15,7 +8,13 @@ from jaxreg.transforms.anchored import (
     ewc,
     selective_projection_decay,
 )
-from jaxreg.transforms.averaging import reapply
+from jaxreg.transforms.averaging import (
+    AverageState,
+    averaged_params,
+    ema_of_params,
+    reapply,
+    swa,
+)
 from jaxreg.transforms.clip import ClipState, NonfiniteState
 from jaxreg.transforms.clipping import (
     clip_by_global_norm,
@@ -23,16 +22,13 @@ from jaxreg.transforms.clipping import (
     clip_by_leaf_norm,
     clip_by_value,
 )
+from jaxreg.transforms.constrained_decay import ConstrainedDecayState, constrained_decay
+from jaxreg.transforms.constraints import constrain
 from jaxreg.transforms.decay import DecayState, L2State, ema, l2_decay, weight_decay
 from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
 from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
-from jaxreg.transforms.lookahead import LookaheadState, lookahead
-from jaxreg.transforms.constrained_decay import ConstrainedDecayState, constrained_decay
-from jaxreg.transforms.constraints import constrain
-from jaxreg.transforms.decay import DecayState, l2_decay, weight_decay
-from jaxreg.transforms.direction_clipping import clip_update_rms, spike_aware_clip
-from jaxreg.transforms.dual_averaging import DualAveragingState, ramda, rda, rmda
 from jaxreg.transforms.hyperball import HyperballState, hyperball
+from jaxreg.transforms.lookahead import LookaheadState, lookahead
 from jaxreg.transforms.per_example import PerExample, per_example_clip
 from jaxreg.transforms.perturbation import (
     GradientNoiseState,
@@ -46,9 +42,9 @@ from jaxreg.transforms.pruning import PruningState, magnitude_pruning, n_m_pruni
 from jaxreg.transforms.rounding import StochasticRoundingState, stochastic_rounding
 from jaxreg.transforms.skipping import SkipState, skip_step
 from jaxreg.transforms.sparsity import SparsityState, sparsity_target
-from jaxreg.transforms.watching import WatchState, watch
 from jaxreg.transforms.spectral_decay import SpectralDecayState, spectral_cap, spectral_decay
 from jaxreg.transforms.timescale import decay_from_timescale
+from jaxreg.transforms.watching import WatchState, watch
 
 __all__ = [
     "AverageState",
@@ -56,11 +52,11 @@ __all__ = [
     "ConstrainedDecayState",
     "DecayState",
     "DualAveragingState",
+    "EwcState",
     "GradientNoiseState",
+    "HyperballState",
     "L2State",
     "LookaheadState",
-    "EwcState",
-    "HyperballState",
     "NonfiniteState",
     "PerExample",
     "ProximalState",
@@ -68,9 +64,9 @@ __all__ = [
     "SelectiveProjectionState",
     "SkipState",
     "SparsityState",
+    "SpectralDecayState",
     "StochasticRoundingState",
     "WatchState",
-    "SpectralDecayState",
     "adagc",
     "adaptive_clip",
     "asam",
@@ -82,14 +78,14 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_by_value",
     "clip_update_rms",
-    "ema",
-    "ema_of_params",
-    "gradient_noise",
     "constrain",
     "constrained_decay",
     "decay_from_timescale",
     "diagonal_fisher",
+    "ema",
+    "ema_of_params",
     "ewc",
+    "gradient_noise",
     "hyperball",
     "l2_decay",
     "lookahead",
