@@ -65,8 +65,10 @@ def leaves_like(name: str, tree: PyTree, params: PyTree) -> list[Any]:
     Leaves that ``optax.masked`` hides among the parameters may be there.
 
     Raises:
-        ValueError: where a leaf is missing, there is one too many, or one has another shape.
+        ValueError: where a leaf is missing, there is one too many, or one has another shape or is
+            no floating array.
     """
+    check_floating(name, tree)
     own = dict(zip(where.paths(tree), jax.tree.leaves(tree), strict=True))
     wanted = dict(zip(where.paths(params), jax.tree.leaves(params), strict=True))
     extra = [] if nodes(params, optax.MaskedNode) else [path for path in own if path not in wanted]

@@ -183,7 +183,7 @@ def test_ewc_is_the_gradient_of_its_penalty():
 def test_trees_that_are_not_like_the_parameters_are_refused_by_name():
     p = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     wrong, short = {**p, "bias": jnp.ones(3)}, {"kernel": p["kernel"]}
-    with pytest.raises(ValueError, match=r"anchor: got .*shape \(3,\).* on bias; .*\(2,\)"):
+    with pytest.raises(ValueError, match=r"anchor: got shape \(3,\) for \(2,\) on bias"):
         jaxreg.ewc(1.0, wrong, p).init(p)
     with pytest.raises(ValueError, match="fisher: got a tree of the structure"):
         jaxreg.ewc(1.0, p, short).init(p)

@@ -1,6 +1,6 @@
 """Decay toward weights that were there before: of a pretrained model, or of earlier tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.transforms.selected import like_params, moved, numbers, real_leaves, spread
+from jaxreg.transforms.selected import moved, numbers, real_leaves, spread
 
 Number = float | jax.Array
 PyTree = Any
@@ -81,7 +81,8 @@ def selective_projection_decay(
     def init(params: optax.Params) -> SelectiveProjectionState:
         real_leaves(selector, params)
         from_init = isinstance(toward, str)
-        anchor = params if from_init else like_params("toward", toward, params)
+        leaves = jax.tree.leaves(params)
+        anchor = leaves if from_init else _tree.leaves_like("toward", toward, params)
         return SelectiveProjectionState(_copied(selector, params, anchor), inner.init(params))
 
     def update(
@@ -169,8 +170,9 @@ def ewc(
 
     def init(params: optax.Params) -> EwcState:
         real_leaves(selector, params)
-        trees = like_params("anchor", anchor, params), like_params("fisher", fisher, params)
-        return EwcState(*(_copied(selector, params, tree) for tree in trees))
+        given = {"anchor": anchor, "fisher": fisher}
+        trees = (_tree.leaves_like(name, tree, params) for name, tree in given.items())
+        return EwcState(*(_copied(selector, params, leaves) for leaves in trees))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -248,9 +250,8 @@ def diagonal_fisher(
     return jax.tree.map(lambda t: t / size, total)
 
 
-def _copied(selector: _where.Selector, params: PyTree, tree: PyTree) -> PyTree:
-    """Copies of a tree's leaves where params are chosen: params may be donated, and changed."""
-    leaves = jax.tree.leaves(tree)
+def _copied(selector: _where.Selector, params: PyTree, leaves: Sequence[jax.Array]) -> PyTree:
+    """Copies of leaves where params are chosen: params may be donated, and changed."""
     return spread(selector, params, [jnp.copy(leaves[i]) for i in numbers(selector, params)])
 
 

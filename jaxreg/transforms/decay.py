@@ -26,6 +26,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
+from jaxreg.transforms.selected import at, floating_leaves, numbers, rate_of, spread, stepped
 
 Number = float | jax.Array
 Gate = Literal["all", "cautious"]
@@ -151,7 +152,7 @@ def weight_decay(
         if params is None and toward is not None:
             given = f"{_check.describe(toward)} without parameters at init"
             raise _check.ArgumentError("toward", given, "a call init(params) with the parameters")
-        amount = jnp.zeros((), _tree.widest_dtype(_chosen(params, selector)))
+        amount = jnp.zeros((), _tree.widest_dtype(floating_leaves(selector, params)))
         return DecayState(jnp.zeros((), jnp.int32), amount, _anchor(toward, params, selector))
 
     def update(
@@ -164,14 +165,8 @@ def weight_decay(
     ) -> tuple[optax.Updates, DecayState]:
         del extra_args
         params = _check.params_given(params)
-        own_rate = learning_rate if rate is None else rate
-        if own_rate is None:
-            raise _check.ArgumentError(
-                "rate",
-                "None outside of jaxreg.regularize, where no learning rate is known",
-                "a number >= 0 or a schedule, such as the one the optimizer is given",
-            )
-        factors = [jnp.asarray(_at(factor, state.count)) for factor in (own_rate, strength)]
+        own_rate = rate_of(rate, learning_rate, state.count)
+        factors = [jnp.asarray(factor) for factor in (own_rate, at(strength, state.count))]
 
         def decayed(u: jax.Array, p: jax.Array, anchor: jax.Array | None) -> jax.Array:
             dtype = _tree.wide_dtype(u.dtype)
@@ -187,7 +182,7 @@ def weight_decay(
 
         moves, treedef = jax.tree.flatten(updates)
         leaves = treedef.flatten_up_to(params)
-        chosen = [i for i, yes in enumerate(jax.tree.leaves(selector.mask(params))) if yes]
+        chosen = numbers(selector, params)
         anchors, anchored = jax.tree.flatten(state.anchor)
         for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
             moves[i] = decayed(moves[i], leaves[i], anchor)
@@ -195,7 +190,7 @@ def weight_decay(
             pairs = zip(anchors, (leaves[i] for i in chosen), strict=True)
             anchors = [_followed(a, p, toward.decay) for a, p in pairs]
         amount = jnp.prod(jnp.stack([f.astype(state.amount.dtype) for f in factors]))
-        after = DecayState(_next(state.count), amount, anchored.unflatten(anchors))
+        after = DecayState(stepped(state.count), amount, anchored.unflatten(anchors))
         return treedef.unflatten(moves), after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -239,14 +234,14 @@ def l2_decay(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> L2State:
-        _chosen(params, selector)
+        floating_leaves(selector, params)
         return L2State(jnp.zeros((), jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, L2State]:
         params = _check.params_given(params)
-        amount = jnp.asarray(_at(strength, state.count))
+        amount = jnp.asarray(at(strength, state.count))
 
         def add(g: jax.Array, p: jax.Array, selected: bool) -> jax.Array:
             if not selected:
@@ -255,26 +250,9 @@ def l2_decay(
             return (g.astype(dtype) + amount.astype(dtype) * p.astype(dtype)).astype(g.dtype)
 
         mask = selector.mask(params)
-        return jax.tree.map(add, updates, params, mask), L2State(_next(state.count))
+        return jax.tree.map(add, updates, params, mask), L2State(stepped(state.count))
 
     return optax.GradientTransformation(init, update)
-
-
-def _chosen(params: optax.Params, selector: _where.Selector) -> list[jax.Array]:
-    """The selected leaves. A selector without a match is an error before the first step."""
-    flags = jax.tree.leaves(selector.mask(params))
-    _tree.check_floating(
-        "params", jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
-    )
-    return [p for p, yes in zip(jax.tree.leaves(params), flags, strict=True) if yes]
-
-
-def _at(value: Number | optax.Schedule, count: jax.Array) -> Any:
-    return value(count) if _check.is_schedule(value) else value
-
-
-def _next(count: jax.Array) -> jax.Array:
-    return jnp.asarray(optax.safe_increment(count))
 
 
 # The pull, by the distance from the anchor -------------------------------------------------------
@@ -304,20 +282,13 @@ def _anchor(toward: Any, params: Any, selector: _where.Selector) -> Any:
     """What the state holds before the first step: copies, as parameters and states are donated."""
     if toward is None:
         return ()
-    leaves, treedef = jax.tree.flatten(params)
-    chosen = jax.tree.leaves(selector.mask(params))
-    sources = leaves
+    leaves = jax.tree.leaves(params)
     if not isinstance(toward, (str, ema)):
-        sources = _tree.leaves_like("toward", toward, params)
-        _tree.check_floating("toward", toward)
-
-    def copy(a: Any) -> jax.Array:
-        # An average in 16 bits would soon stand still.
-        dtype = _tree.wide_dtype(a.dtype) if isinstance(toward, ema) else a.dtype
-        return jnp.array(a, dtype, copy=True)
-
-    pairs = zip(sources, chosen, strict=True)
-    return treedef.unflatten([copy(a) if yes else optax.MaskedNode() for a, yes in pairs])
+        leaves = _tree.leaves_like("toward", toward, params)
+    chosen = [leaves[i] for i in numbers(selector, params)]
+    # An average in 16 bits would soon stand still.
+    copies = _tree.wide_copy(chosen) if isinstance(toward, ema) else jax.tree.map(jnp.copy, chosen)
+    return spread(selector, params, copies)
 
 
 def _followed(average: jax.Array, p: jax.Array, decay: Number) -> jax.Array:

@@ -23,15 +23,22 @@ def numbers(selector: _where.Selector, params: Any) -> list[int]:
     return [i for i, yes in enumerate(chosen) if yes]
 
 
-def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
+def floating_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
     """The leaves chosen, at ``init``.
 
     Raises:
-        ValueError: where the selector matches no leaf, or one that is no real floating array.
+        ValueError: where the selector matches no leaf, or one that is no floating array.
     """
     chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
-    _tree.check_real("params", chosen)
+    _tree.check_floating("params", chosen)
     return jax.tree.leaves(chosen)
+
+
+def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
+    """The same, where complex leaves are refused, too."""
+    chosen = floating_leaves(selector, params)
+    _tree.check_real("params", spread(selector, params, chosen))
+    return chosen
 
 
 def spread(selector: _where.Selector, params: Any, values: Sequence[Any]) -> Any:
@@ -40,35 +47,6 @@ def spread(selector: _where.Selector, params: Any, values: Sequence[Any]) -> Any
     for i, value in zip(numbers(selector, params), values, strict=True):
         filled[i] = value
     return jax.tree.unflatten(jax.tree.structure(params), filled)
-
-
-def like_params(name: str, tree: Any, params: Any) -> Any:
-    """A tree that has the structure and the shapes of params.
-
-    Where params have a masked node, as inside ``optax.masked``, it may have anything.
-
-    Raises:
-        ValueError: where it has not, with the argument's name and the first leaf that differs.
-    """
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    treedef = jax.tree.structure(params, is_leaf=is_masked)
-    try:
-        given = treedef.flatten_up_to(tree)
-    except (ValueError, TypeError):
-        found = f"a tree of the structure {jax.tree.structure(tree)}"
-        raise _check.ArgumentError(name, _short(found), "a tree like params") from None
-    own = jax.tree.leaves(params, is_leaf=is_masked)
-    paths = iter(_where.paths(params))
-    for value, p in zip(given, own, strict=True):
-        if is_masked(p):
-            continue
-        with _check.on_leaf(next(paths)):
-            if not _check.is_real(value) or tuple(value.shape) != tuple(p.shape):
-                accepted = f"a tree like params, with an array of shape {tuple(p.shape)} there"
-                raise _check.ArgumentError(name, _short(_check.describe(value)), accepted)
-    return jax.tree.unflatten(
-        treedef, [p if is_masked(p) else x for x, p in zip(given, own, strict=True)]
-    )
 
 
 def rate_of(
@@ -112,7 +90,3 @@ def move_to(w: jax.Array, p: jax.Array) -> jax.Array:
     ``optax.apply_updates`` gives w; and to a zero it is -p exactly.
     """
     return w.astype(p.dtype) - p
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
