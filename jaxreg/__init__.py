@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from jaxreg.compression import Compressed as Compressed
     from jaxreg.compression import compress as compress
     from jaxreg.diagnostics import metrics as metrics
+    from jaxreg.explanation import Explanation as Explanation
+    from jaxreg.explanation import explain as explain
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
     from jaxreg.norms import global_norm as global_norm
@@ -122,6 +124,8 @@ _HOMES = {
     "stochastic_rounding": "jaxreg.transforms",
     "swa": "jaxreg.transforms",
     "metrics": "jaxreg.diagnostics",
+    "Explanation": "jaxreg.explanation",
+    "explain": "jaxreg.explanation",
     "per_example_clip": "jaxreg.transforms",
     "skip_step": "jaxreg.transforms",
     "spike_aware_clip": "jaxreg.transforms",

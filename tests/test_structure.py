@@ -18,7 +18,7 @@ LAYERS = [
     ["optimality", "data"],
     ["splits"],
     ["transforms"],
-    ["optimizers", "diagnostics", "compat"],
+    ["optimizers", "diagnostics", "explanation", "compat"],
     ["models", "recipes", "compression"],
     ["training"],
     ["comparison"],

@@ -1,0 +1,187 @@
+"""Clips, told by what they do exactly: beyond a threshold the gradient's scale changes nothing.
+
+Two steps are looked at, as Adam's first update does not depend on the gradient's scale. The second
+gradient is of the first one's scale, so that the second update shows what the first one left.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxreg.explanation.probing import Probed, Prober, Sequences
+
+TOP = 8  # scales that are tried
+
+
+class Clip(NamedTuple):
+    """What is found for one leaf; `scale` is below any threshold for the pattern "r"."""
+
+    kind: str = "none"
+    threshold: float | None = None
+
+
+def tolerance(dtype: str) -> float:
+    """The rounding errors that a few operations in a dtype make, relative."""
+    return {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}.get(dtype, 64 * 2.0**-23)
+
+
+class Clips:
+    """The clips of all leaves."""
+
+    def __init__(self, prober: Prober):
+        self.prober = prober
+        half = any(leaf.dtype == np.float16 for leaf in prober.shapes)
+        self.low, self.ratio = (2.0**-8, 6.0) if half else (1e-6, 100.0)
+        self.scales = [self.low * self.ratio**i for i in range(4 if half else TOP - 1)]
+        self.leaves = [i for i, yes in enumerate(prober.floating) if yes]
+        self.blind: set[int] = set()  # leaves of which the gradient's scale is never seen
+        self.tol = [tolerance(str(leaf.dtype)) for leaf in prober.shapes]
+
+    def find(self) -> list[Clip]:
+        """One finding for each leaf."""
+        n, own = len(self.prober.shapes), {"own": 1.0}
+        draw = self.prober.draw
+        far = np.exp2(draw.uniform(0, 3, n))
+        top, runs = self.scales[-1], {}
+        for i, s in enumerate(self.scales):
+            second = ({"r2": s}, own)
+            runs["at", i] = [({"r": s}, own), second]
+            runs["above", i] = [({"r": s * self.ratio}, own), second]
+        second = ({"r2": top}, own)
+        runs["entries"] = [({"sign": top}, own), second]  # the same signs, another direction
+        runs["leaves"] = [({"r": far * top}, own), second]
+        runs["minus"] = [({"r": -top}, own), second]
+        out = self.prober.run(runs)
+        found = [Clip()] * n
+        brackets = np.ones(n)
+        for leaf in self.leaves:
+            found[leaf], at = self._kind(out, leaf)
+            if at:
+                brackets[leaf] = self.scales[at - 1]
+        clipped = [i for i in self.leaves if found[i].kind.startswith("by")]
+        if clipped:
+            # What is not clipped goes along with the others, for norms over all leaves.
+            common = np.median(brackets[clipped])
+            brackets = np.where([f.kind.startswith("by") for f in found], brackets, common)
+            scales = self._threshold(brackets, clipped)
+            found = self._verified(found, scales, clipped)
+        return self._relative(found)
+
+    def _kind(self, out: dict, leaf: int) -> tuple[Clip, int]:
+        """The kind of clip, and the first scale of those from which on all is the same."""
+        last = len(self.scales) - 1
+        base = out["at", last]
+        if not all(self._finite(out[name], leaf) for name in out):
+            return Clip("unknown"), 0
+        if self._same(base, out["minus"], leaf):
+            return Clip("unknown"), 0  # nothing of the gradient is seen
+        same = [self._same(out["at", i], out["above", i], leaf) for i in range(last + 1)]
+        if not same[last]:
+            return Clip("none"), 0
+        if all(same):
+            self.blind.add(leaf)
+            alike = self._same(out["at", 0], base, leaf)
+            return Clip("none" if alike else "unknown"), 0
+        first = max(i for i in range(last + 1) if not same[i]) + 1
+        if not self._same(base, out["leaves"], leaf):
+            return Clip("by global norm"), first
+        if base.updates[0][leaf].size > 1 and self._same(base, out["entries"], leaf):
+            return Clip("by value"), first
+        return Clip("by leaf norm"), first
+
+    def _threshold(self, low: np.ndarray, clipped: list[int]) -> np.ndarray:
+        """The scale of the pattern "sign" at which each leaf's clip starts to act."""
+        own, points = {"own": 1.0}, 7
+        low, high = low.copy(), low * self.ratio
+        # The pattern "r" is of sizes 1/2 to 2.
+        low, high = low / 4, high * 4
+        second = ({"r2": np.sqrt(low * high)}, own)
+        reference = high * self.ratio
+        exact = np.full(len(low), np.nan)
+        for number in range(3):
+            grid = low * (high / low) ** (np.arange(points)[:, None] / (points - 1))
+            runs: Sequences = {i: [({"sign": s}, own), second] for i, s in enumerate(grid)}
+            runs["top"] = [({"sign": reference}, own), second]
+            out = self.prober.run(runs)
+            for leaf in clipped:
+                far = [self._distance(out[i], out["top"], leaf) for i in range(points)]
+                inside = [i for i, x in enumerate(far) if x > self.tol[leaf]]
+                i = min(max(inside, default=0), points - 2)
+                if number == 2 and i >= 1:
+                    # From the last two scales below the threshold, a straight line to it.
+                    a, b, x, y = grid[i - 1, leaf], grid[i, leaf], far[i - 1], far[i]
+                    exact[leaf] = b + (b - a) * y / (x - y) if x > y else np.nan
+                low[leaf], high[leaf] = grid[i, leaf], grid[i + 1, leaf]
+        middle = np.sqrt(low * high)
+        return np.where((exact >= low * 0.99) & (exact <= high * 1.01), exact, middle)
+
+    def _verified(self, found: list[Clip], at: np.ndarray, clipped: list[int]) -> list[Clip]:
+        """Thresholds that also hold for gradients of another direction; else None."""
+        prober, own = self.prober, {"own": 1.0}
+        sizes = [max(1, int(np.prod(leaf.shape))) for leaf in prober.shapes]
+        other = prober.patterns["q2"]
+        factors = np.exp2(prober.draw.uniform(-1, 1, len(sizes)))
+        norms = [float(np.linalg.norm(np.abs(x).ravel())) for x in other]
+        over_all = float(np.linalg.norm([f * x for f, x in zip(factors, norms, strict=True)]))
+        total = np.sqrt(sum(sizes[i] for i in self.leaves))
+        limits, below, above = np.full(len(sizes), np.nan), np.ones(len(sizes)), np.ones(len(sizes))
+        whole = [i for i in clipped if found[i].kind == "by global norm"]
+        common = float(np.median(at[whole])) * total / over_all if whole else np.nan
+        for i in range(len(sizes)):
+            kind = found[i].kind
+            if kind == "by value":
+                limits[i] = at[i]
+                below[i] = at[i] / np.abs(other[i]).max() * 0.95
+                above[i] = at[i] / np.abs(other[i]).min() * 1.05
+            elif kind == "by leaf norm":
+                limits[i] = at[i] * np.sqrt(sizes[i])
+                below[i], above[i] = np.array([0.95, 1.05]) * limits[i] / norms[i]
+            else:
+                limits[i] = at[i] * total
+                base = common if whole else self.low
+                below[i], above[i] = np.array([0.95, 1.05]) * base * factors[i]
+        second = ({"r2": np.array(at)}, own)
+        out = prober.run({
+            name: [({"q2": s}, own), second]
+            for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
+        })
+        checked = list(found)
+        for i in clipped:
+            acts = self._distance(out["above"], out["far"], i) <= 4 * self.tol[i]
+            free = self._distance(out["below"], out["far"], i) > 4 * self.tol[i]
+            checked[i] = Clip(found[i].kind, float(limits[i]) if acts and free else None)
+        return checked
+
+    def _relative(self, found: list[Clip]) -> list[Clip]:
+        """Clips relative to the gradients before, which have no one threshold: unknown."""
+        own, s = {"own": 1.0}, self.scales[len(self.scales) // 2] / 30
+        last = ({"r": 30 * s}, own)
+        out = self.prober.run({
+            "spike": [({"r": s}, own), ({"r2": 30 * s}, own), last],
+            "higher": [({"r": s}, own), ({"r2": 30 * s * self.ratio}, own), last],
+            "other": [({"r": s}, own), ({"r2": -30 * s}, own), last],
+        })
+        checked = list(found)
+        for i in self.leaves:
+            same = self._same(out["spike"], out["higher"], i, first=1)
+            seen = not self._same(out["spike"], out["other"], i, first=1)
+            if found[i].kind == "none" and same and seen and i not in self.blind:
+                checked[i] = Clip("unknown")
+        return checked
+
+    def _same(self, a: Probed, b: Probed, leaf: int, first: int = 0) -> bool:
+        return self._distance(a, b, leaf, first) <= self.tol[leaf]
+
+    def _distance(
+        self, a: Probed, b: Probed, leaf: int, first: int = 0
+    ) -> float:
+        """How far apart the updates are, relative to the larger ones of both."""
+        far = 0.0
+        for x, y in zip(a.updates[first:], b.updates[first:], strict=True):
+            size = max(np.abs(x[leaf]).max(initial=0), np.abs(y[leaf]).max(initial=0))
+            if size:
+                far = max(far, float(np.abs(x[leaf] - y[leaf]).max(initial=0) / size))
+        return far
+
+    def _finite(self, a: Probed, leaf: int) -> bool:
+        return all(np.isfinite(u[leaf]).all() for u in a.updates)

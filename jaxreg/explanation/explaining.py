@@ -1,0 +1,142 @@
+"""What an optimizer does to each leaf, measured by trying it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxreg import _check, where
+from jaxreg.explanation.clips import Clip, Clips
+from jaxreg.explanation.coupled import find_coupled
+from jaxreg.explanation.decays import Decay, Decays
+from jaxreg.explanation.probing import Prober, passed_on
+from jaxreg.explanation.records import Explanation, LeafExplanation, describe_change
+
+
+def explain(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    step: int = 0,
+    seed: int = 0,
+    **extra_args: Any,
+) -> Explanation:
+    """What an optimizer does to each leaf: decay, clips, exact zeros, dtypes; measured.
+
+    It calls ``tx.init`` once and ``tx.update`` on random gradients and weights of many sizes, and
+    tells what they do by how the updates change: u = F(g + l2 p) - a (p - anchor). What does not
+    predict further probes is "unknown". Names of transformations play no part. Gradients are of
+    the weights' dtype. Nothing is compiled but single operations.
+
+    The state is that of ``init`` with its step counters set to `step` (whole numbers called
+    ``count``, ``step`` and the like): schedules are at that step, averages are at the start. A
+    transformation that then makes no update at all is "unknown" unless `step` is 0.
+
+    Args:
+        tx: any optax transformation, usually the whole optimizer.
+        params: the weights; or their shapes and dtypes (of ``jax.eval_shape``), for which random
+            ones are drawn.
+        step: the step at which schedules are looked at, >= 0.
+        seed: of the random gradients and weights.
+        **extra_args: further arguments of ``tx.update``, such as ``value=``.
+
+    Returns:
+        An `Explanation`, whose ``leaves`` have one record for each leaf of `params`.
+
+    Raises:
+        ValueError: where tx is no transformation, step is negative, or params have no floating
+            leaf. Errors of `tx` are passed on.
+
+    >>> import jax.numpy as jnp, jaxreg, optax
+    >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), jaxreg.weight_decay(1e-3, 1))
+    >>> print(jaxreg.explain(tx, params))
+    leaf    shape         decay            clip                exact zeros  notes
+    bias    float32[3]    none             by global norm 1    none
+    kernel  float32[4,3]  0.001 decoupled  by global norm 1    none
+    """
+    _check.transformation("tx", tx)
+    step = _check.whole_number("step", step, at_least=0)
+    seed = _check.whole_number("seed", seed, at_least=0)
+    leaves = jax.tree.leaves(params)
+    floating = [jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact) for x in leaves]
+    if not any(floating):
+        given = f"{len(leaves)} leaves, none of them floating" if leaves else "no leaves"
+        raise _check.ArgumentError("params", given, "a tree with floating arrays")
+    prober = Prober(tx, params, step, seed, extra_args)
+    before, after, updates = _dtypes(prober)
+    clips = Clips(prober).find()
+    decays = Decays(prober)
+    found = decays.find()
+    find_coupled(decays, found, clips)
+    frozen = _frozen(prober, decays, found, step)
+    changed = [describe_change(n, before[n], after.get(n)) for n in before
+               if before[n] != after.get(n)]
+    records = []
+    for i, (path, leaf) in enumerate(zip(where.paths(params), leaves, strict=True)):
+        decay, clip = found[i], clips[i]
+        if decay.still:
+            clip = Clip("none" if frozen[i] else "unknown")
+            if step and not frozen[i]:
+                decay = Decay()
+        own = [f"updates are {updates[i]}"] if updates[i] != str(leaf.dtype) else []
+        own += [text for text in changed if path and f"/{path} is " in f"/{text}"]
+        records.append(
+            LeafExplanation(
+                path=path,
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                decay=decay.amount,
+                decay_kind=decay.kind,
+                l2=decay.l2,
+                clip=clip.kind if floating[i] else "unknown",
+                clip_threshold=clip.threshold,
+                penalized=decay.penalized,
+                penalty_threshold=decay.threshold,
+                frozen=frozen[i],
+                lost=_lost(prober, i, decay.amount) if floating[i] else None,
+                dtypes=tuple(own),
+            )
+        )
+    return Explanation(tuple(records), step, tuple(changed))
+
+
+def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The dtypes of the state at init and after an update, by path, and those of the updates."""
+    updates, state = prober.one(({"r": 1.0}, {"own": 1.0}))
+    named = [
+        {n: str(jnp.result_type(x)) for n, x in zip(where.paths(s), jax.tree.leaves(s), strict=True)}
+        for s in (prober.initial, state)
+    ]
+    flat = prober.treedef.flatten_up_to(updates)
+    return named[0], named[1], [str(jnp.result_type(x)) for x in flat]
+
+
+def _frozen(prober: Prober, decays: Decays, found: list[Decay], step: int) -> list[bool]:
+    """Leaves without an update at other steps too."""
+    frozen = [decay.still for decay in found]
+    if not any(frozen):
+        return frozen
+    for other in {0, step + 1, step + 100, 10_000} - {step}:
+        prober.set_step(other)
+        out = prober.run({"r": [({"r": 1.0}, decays.weights(q=1.0))]})["r"].updates[0]
+        frozen = [yes and not np.any(out[i]) for i, yes in enumerate(frozen)]
+    prober.set_step(step)
+    return frozen
+
+
+def _lost(prober: Prober, i: int, amount: float | None) -> bool | None:
+    """Whether amount * p is below half an ulp of p, for most of the weights that are not 0."""
+    if amount is None:
+        return None
+    info = jnp.finfo(prober.shapes[i].dtype)
+    weights = np.abs(np.asarray(prober.patterns["own"][i])).astype(np.float64).ravel()
+    weights = weights[weights > 0] if np.any(weights) else np.abs(prober.patterns["q"][i]).ravel()
+    if not amount or not weights.size:
+        return False
+    half = 2.0 ** np.floor(np.log2(weights)) * float(info.eps) / 2
+    return bool(np.mean(abs(amount) * weights < half) > 0.5)
+
+
