@@ -11,6 +11,7 @@ import numpy as np
 from jaxreg.explanation.probing import Probed, Prober, Sequences
 
 TOP = 8  # scales that are tried
+FAR = 300.0  # times the gradient before: a spike
 
 
 class Clip(NamedTuple):
@@ -154,12 +155,12 @@ class Clips:
 
     def _relative(self, found: list[Clip]) -> list[Clip]:
         """Clips relative to the gradients before, which have no one threshold: unknown."""
-        own, s = {"own": 1.0}, self.scales[len(self.scales) // 2] / 30
-        last = ({"r": 30 * s}, own)
+        own, s = {"own": 1.0}, self.scales[len(self.scales) // 2]
+        last = ({"r": FAR * s}, own)
         out = self.prober.run({
-            "spike": [({"r": s}, own), ({"r2": 30 * s}, own), last],
-            "higher": [({"r": s}, own), ({"r2": 30 * s * self.ratio}, own), last],
-            "other": [({"r": s}, own), ({"r2": -30 * s}, own), last],
+            "spike": [({"r": s}, own), ({"r2": FAR * s}, own), last],
+            "higher": [({"r": s}, own), ({"r2": FAR * s * self.ratio}, own), last],
+            "other": [({"r": s}, own), ({"r2": -FAR * s}, own), last],
         })
         checked = list(found)
         for i in self.leaves:

@@ -58,7 +58,7 @@ class Decays:
         }
         runs: Sequences = {("0", name): [(zero, p)] for name, p in weights.items()}
         for sign, g in [("+", {"r": 1.0}), ("-", {"r": -1.0})]:
-            runs |= {(sign, name): [(g, weights[name])] for name in ("q", "far", "zero")}
+            runs |= {(sign, name): [(g, weights[name])] for name in ("q", "middle", "far", "zero")}
         for sign, g in [("low", {"r2": 1e-3}), ("high", {"r2": 30.0 if half else FAR})]:
             runs |= {(sign, name): [(g, weights[name])] for name in ("other", "zero")}
         out = self.prober.run(runs)
@@ -237,7 +237,7 @@ class Leaf:
         rounding = 4 * self.eps
         decay = float(-np.mean(slope("q", "far")))
         checks = [slope("middle", "far"), slope("q", "middle"), slope("q", "far")]
-        checks += [slope("q", "far", "+"), slope("q", "far", "-")]
+        checks += [slope("middle", "far", "+"), slope("middle", "far", "-")]
         if any(np.any(np.abs(s + decay) > rounding + self.tol * abs(decay)) for s in checks):
             return
         if abs(decay) <= rounding:

@@ -1,0 +1,308 @@
+"""What `jaxreg.explain` finds, for transformations of which it is known what they do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxreg
+
+DRAW = np.random.default_rng(0)
+PARAMS = {
+    "dense": {
+        "bias": jnp.zeros(5),
+        "kernel": jnp.asarray(DRAW.normal(size=(6, 5)).astype(np.float32)),
+    },
+    "out": jnp.asarray(0.1 * DRAW.normal(size=(4, 3)).astype(np.float32)),
+}
+LR, WD = 1e-3, 0.1
+
+
+def matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def found(tx, params=PARAMS, **options):
+    """Decay kind, decay and L2 by leaf, which are looked at most."""
+    leaves = jaxreg.explain(tx, params, **options).leaves
+    return {leaf.path: leaf for leaf in leaves}
+
+
+def decays(tx, params=PARAMS, **options):
+    leaves = found(tx, params, **options)
+    return [(leaf.decay_kind, leaf.decay, leaf.l2) for leaf in leaves.values()]
+
+
+def near(number):
+    return pytest.approx(number, rel=1e-3)
+
+
+NONE = ("none", 0.0, None)
+L2 = optax.add_decayed_weights(0.01)
+
+
+def step_of(rule, direction=None):
+    """A small optimizer, u = direction(g) + rule(p - anchor, direction(g)), by hand."""
+    inner = optax.adam(LR) if direction is None else direction
+
+    def init(params):
+        return inner.init(params), jax.tree.map(jnp.copy, params)
+
+    def update(grads, state, params=None):
+        updates, after = inner.update(grads, state[0], params)
+        return jax.tree.map(rule, updates, params, state[1]), (after, state[1])
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.sgd(0.1), NONE),
+        (optax.sgd(0.1, 0.9, nesterov=True), NONE),
+        (optax.adam(LR), NONE),
+        (optax.adamw(LR, weight_decay=WD), ("decoupled", LR * WD, None)),
+        (optax.chain(L2, optax.sgd(0.1)), ("decoupled", 1e-3, None)),  # the same without memory
+        (optax.chain(L2, optax.sgd(0.1, 0.9)), ("coupled", 0.0, 0.01)),
+        (optax.chain(L2, optax.adam(LR)), ("coupled", 0.0, 0.01)),
+        (optax.chain(L2, optax.adamw(LR, weight_decay=WD)), ("decoupled", LR * WD, 0.01)),
+        (
+            optax.chain(optax.scale_by_adam(), L2, optax.scale(-LR)),
+            ("decoupled", LR * 0.01, None),
+        ),
+        (optax.lion(LR, weight_decay=WD), ("decoupled", LR * WD, None)),
+        (optax.lamb(LR), NONE),
+        (optax.lamb(LR, weight_decay=WD), ("unknown", None, None)),
+        (optax.lars(LR, weight_decay=WD), ("unknown", None, None)),
+        (optax.adafactor(LR), NONE),
+        (optax.adafactor(LR, weight_decay_rate=WD), ("decoupled", WD, None)),
+        (optax.MultiSteps(optax.adamw(LR, weight_decay=WD), 4), ("decoupled", LR * WD, None)),
+        (
+            optax.apply_if_finite(optax.adamw(LR, weight_decay=WD), 3),
+            ("decoupled", LR * WD, None),
+        ),
+        (jaxreg.skip_step(optax.adamw(LR, weight_decay=WD)), ("decoupled", LR * WD, None)),
+        (optax.chain(optax.scale_by_adam(), L2, optax.trace(0.9)), ("unknown", None, None)),
+    ],
+)
+def test_decay_is_measured(tx, expected):
+    kind, amount, l2 = expected
+    for leaf in decays(tx):
+        assert leaf == (kind, amount and near(amount), l2 and near(l2))
+
+
+@pytest.mark.parametrize("mask", [matrices, matrices(PARAMS)])
+def test_a_mask_shows(mask):
+    yes = ("decoupled", near(LR * WD), None)
+    assert decays(optax.adamw(LR, weight_decay=WD, mask=mask)) == [NONE, yes, yes]
+    tx = optax.masked(optax.add_decayed_weights(WD), mask)
+    yes = ("decoupled", near(WD), None)
+    assert decays(optax.chain(optax.sgd(0.1), optax.scale(-1), tx, optax.scale(-1))) == [
+        NONE,
+        yes,
+        yes,
+    ]
+
+
+def test_a_mask_that_is_taken_for_a_schedule_shows():
+    tx = optax.inject_hyperparams(optax.adamw)(LR, weight_decay=WD, mask=matrices)
+    assert decays(tx) == [NONE] * 3
+
+
+def test_this_librarys_order_shows():
+    tx = jaxreg.regularize(optax.scale_by_adam(), LR, clip=1.0, l2=0.01, decay=WD)
+    both = ("decoupled", near(LR * WD), near(0.01))
+    assert decays(tx) == [NONE, both, both]
+    assert all(leaf.clip == "by global norm" for leaf in found(tx).values())
+    tx = optax.chain(optax.sgd(0.1, 0.9), jaxreg.weight_decay(WD, rate=0.5))
+    own = ("decoupled", near(WD / 2), None)
+    assert decays(tx) == [NONE, own, own]
+
+
+def test_schedules_are_looked_at_at_the_step():
+    warm = optax.linear_schedule(0.0, LR, 1000)
+    tx = optax.adamw(warm, weight_decay=WD)
+    assert decays(tx, step=0) == [NONE] * 3
+    assert not any(leaf.frozen for leaf in found(tx, step=0).values())
+    assert decays(tx, step=1000) == [("decoupled", near(LR * WD), None)] * 3
+    assert decays(tx, step=500) == [("decoupled", near(LR * WD / 2), None)] * 3
+
+
+@pytest.mark.parametrize(
+    ("tx", "kind", "threshold"),
+    [
+        (optax.chain(optax.clip_by_global_norm(2.0), optax.adam(LR)), "by global norm", 2.0),
+        (optax.chain(optax.clip(0.3), optax.adam(LR)), "by value", 0.3),
+        (optax.chain(optax.clip(0.3), optax.sgd(LR)), "by value", 0.3),
+        (optax.chain(optax.clip_by_global_norm(30.0), optax.lion(LR)), "by global norm", None),
+        (optax.adam(LR), "none", None),
+        (optax.sign_sgd(LR), "none", None),
+        (optax.lamb(LR), "none", None),
+        (optax.chain(optax.normalize_by_update_norm(), optax.sgd(LR)), "none", None),
+        (
+            optax.MultiSteps(optax.chain(optax.clip_by_global_norm(2.0), optax.adam(LR)), 3),
+            "by global norm",
+            2.0,
+        ),
+        (jaxreg.regularize(optax.trace(0.9), LR, clip=2.0, l2=0.01), "by global norm", 2.0),
+        (
+            jaxreg.regularize(optax.scale_by_adam(), LR, clip=jaxreg.clip_by_leaf_norm(0.02)),
+            "by leaf norm",
+            0.02,
+        ),
+        (
+            optax.chain(jaxreg.spike_aware_clip(optax.scale_by_adam()), optax.scale(-LR)),
+            "unknown",
+            None,
+        ),
+        (jaxreg.skip_step(optax.adam(LR)), "none", None),
+    ],
+)
+def test_clips_are_measured(tx, kind, threshold):
+    for leaf in found(tx).values():
+        assert leaf.clip == kind
+        if kind != "by global norm" or threshold is not None:
+            assert leaf.clip_threshold == (threshold and pytest.approx(threshold, rel=2e-3))
+
+
+def test_a_clip_by_units_has_no_threshold_for_the_leaf():
+    tx = optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1))
+    assert found(tx)["dense/kernel"].clip == "by leaf norm"
+    assert found(tx)["dense/kernel"].clip_threshold is None
+
+
+def test_penalties_show():
+    threshold = 0.1 * 0.01
+    leaves = found(jaxreg.prox_sgd(0.1, jaxreg.L1(0.01)))
+    assert not leaves["dense/bias"].penalized
+    for name in ("dense/kernel", "out"):
+        assert leaves[name].penalized
+        assert leaves[name].penalty_threshold == near(threshold)
+        assert leaves[name].decay == 0.0
+    for penalty in (jaxreg.L1(0.01), jaxreg.GroupLasso(0.01)):
+        tx = jaxreg.regularize(optax.scale_by_adam(), LR, decay=WD, penalty=penalty)
+        leaf = found(tx)["dense/kernel"]
+        assert leaf.penalized
+        assert leaf.penalty_threshold is None
+        assert (leaf.decay_kind, leaf.decay) == ("decoupled", pytest.approx(LR * WD, rel=1e-2))
+
+
+def test_frozen_leaves_show():
+    labels = {"dense": {"bias": "no", "kernel": "yes"}, "out": "no"}
+    tx = optax.partition({"yes": optax.adamw(LR), "no": optax.set_to_zero()}, labels)
+    assert [leaf.frozen for leaf in found(tx).values()] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "amount"),
+    [
+        (lambda u, p, c: u - 0.01 * (p - c), "toward an anchor", 0.01),
+        (lambda u, p, c: u - 0.01 * jnp.where(u * p <= 0, p, 0), "gated", 0.01),
+        (lambda u, p, c: u - 0.01 * jnp.where(u * p < 0, p, 0), "gated", 0.01),
+        (lambda u, p, c: u - 0.01 * jnp.clip(p, -100, 100), "not linear", 0.01),
+        (lambda u, p, c: u - 0.01 * p**3, "not linear", None),
+        (lambda u, p, c: u - 0.01 * jnp.linalg.norm(p) * p, "not linear", None),
+        (lambda u, p, c: u * (1 + jnp.abs(p)) - 0.01 * p, "decoupled", 0.01),
+        (lambda u, p, c: u + 0.1 * jnp.cos(p), "unknown", None),
+        (lambda u, p, c: c + u - p, "unknown", None),
+    ],
+)
+def test_other_decays_by_hand(rule, kind, amount):
+    leaf = found(step_of(rule))["dense/kernel"]
+    assert leaf.decay_kind == kind
+    if amount is not None:
+        assert leaf.decay == near(amount)
+
+
+def test_an_l1_profile_has_the_amount_at_the_weights_own_size():
+    leaf = found(step_of(lambda u, p, c: u - 1e-3 * jnp.sign(p)))["dense/kernel"]
+    own = PARAMS["dense"]["kernel"]
+    assert leaf.decay_kind == "not linear"
+    assert leaf.decay == near(float(1e-3 * jnp.abs(own).sum() / (own**2).sum()))
+
+
+def test_dtypes_and_lost_decay_show_for_bfloat16():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    leaf = found(optax.adamw(LR, weight_decay=WD), params)["dense/kernel"]
+    assert leaf.lost
+    assert leaf.decay == pytest.approx(LR * WD, rel=0.02)
+    assert leaf.dtypes == ()
+    leaf = found(optax.adamw(LR, weight_decay=100.0), params)["dense/kernel"]
+    assert not leaf.lost
+    wide = step_of(lambda u, p, c: u - jnp.float32(0.01) * p)
+    assert found(wide, params)["dense/kernel"].dtypes == ("updates are float32",)
+
+    def update(grads, state, params=None):
+        return grads, jax.tree.map(lambda s, g: s + jnp.float32(0.1) * g, state, grads)
+
+    grows = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+    assert found(grows, params)["out"].dtypes == ("out is bfloat16 and becomes float32",)
+    assert len(jaxreg.explain(grows, params).state_dtypes) == 3
+
+
+def test_trees_of_all_kinds():
+    tx = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(LR, weight_decay=WD))
+    one = ("decoupled", near(LR * WD), None)
+    assert decays(tx, PARAMS["dense"]["kernel"]) == [one]
+    assert decays(tx, {"a": None, "b": PARAMS["out"]}) == [one]
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert decays(tx, shapes) == [one] * 3
+    mixed = {"count": jnp.arange(3), "w": PARAMS["out"]}
+    leaves = found(step_of(lambda u, p, c: u - 0.01 * p, optax.sgd(0.1)), {"w": mixed["w"]})
+    assert leaves["w"].decay == near(0.01)
+    leaf = found(tx, {"w": PARAMS["out"] * (1 + 1j)})["w"]
+    assert leaf.decay in (None, near(LR * WD))
+
+
+def test_nnx_states_have_their_paths():
+    from flax import nnx
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    leaves = found(optax.adamw(LR, weight_decay=WD), nnx.state(model, nnx.Param))
+    assert list(leaves) == ["bias", "kernel"]
+    assert leaves["kernel"].decay == near(LR * WD)
+
+
+def test_one_that_can_not_be_traced_is_tried_in_a_loop():
+    def update(grads, state, params=None):
+        scale = 0.1 if float(jnp.sum(grads["w"])) > -jnp.inf else 0.0
+        return jax.tree.map(lambda g, p: -scale * g - 0.01 * p, grads, params), state
+
+    tx = optax.GradientTransformation(lambda params: (), update)
+    assert decays(tx, {"w": PARAMS["out"]}) == [("decoupled", near(0.01), None)]
+
+
+def test_extra_arguments_are_passed_on():
+    def update(grads, state, params=None, *, value, **extra):
+        return jax.tree.map(lambda g: -value * g, grads), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    assert decays(tx, value=0.1) == [NONE] * 3
+    with pytest.raises(TypeError, match="value") as error:
+        jaxreg.explain(tx, PARAMS)
+    assert "explain by name" in error.value.__notes__[0]
+
+
+def test_the_table_is_narrow_and_groups_equal_leaves():
+    params = {f"a_rather_long_name_of_a_module_{i}/with/parts": PARAMS["out"] for i in range(3)}
+    tx = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(LR, weight_decay=WD))
+    table = str(jaxreg.explain(tx, params))
+    assert len(table.splitlines()) == 2
+    assert "0.0001 decoupled" in table
+    assert "by global norm 2" in table
+    assert max(map(len, table.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: jaxreg.explain(None, PARAMS), "tx"),
+        (lambda: jaxreg.explain(optax.sgd(0.1), PARAMS, step=-1), "step"),
+        (lambda: jaxreg.explain(optax.sgd(0.1), {"n": jnp.arange(3)}), "params"),
+        (lambda: jaxreg.explain(optax.sgd(0.1), {}), "params"),
+    ],
+)
+def test_bad_input_is_refused(call, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        call()
