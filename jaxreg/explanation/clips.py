@@ -36,6 +36,8 @@ class Clips:
         self.scales = [self.low * self.ratio**i for i in range(4 if half else TOP - 1)]
         self.leaves = [i for i, yes in enumerate(prober.floating) if yes]
         self.blind: set[int] = set()  # leaves of which the gradient's scale is never seen
+        # Leaves where the effect of the scale falls as 1 / scale: the epsilon of a normalization.
+        self.smooth: set[int] = set()
         self.tol = [tolerance(str(leaf.dtype)) for leaf in prober.shapes]
 
     def find(self) -> list[Clip]:
@@ -76,7 +78,8 @@ class Clips:
             return Clip("unknown"), 0
         if self._same(base, out["minus"], leaf):
             return Clip("unknown"), 0  # nothing of the gradient is seen
-        same = [self._same(out["at", i], out["above", i], leaf) for i in range(last + 1)]
+        far = [self._distance(out["at", i], out["above", i], leaf) for i in range(last + 1)]
+        same = [x <= self.tol[leaf] for x in far]
         if not same[last]:
             return Clip("none"), 0
         if all(same):
@@ -84,6 +87,8 @@ class Clips:
             alike = self._same(out["at", 0], base, leaf)
             return Clip("none" if alike else "unknown"), 0
         first = max(i for i in range(last + 1) if not same[i]) + 1
+        if first >= 2 and 0.3 < far[first - 2] / (far[first - 1] * self.ratio) < 3:
+            self.smooth.add(leaf)
         if not self._same(base, out["leaves"], leaf):
             return Clip("by global norm"), first
         if base.updates[0][leaf].size > 1 and self._same(base, out["entries"], leaf):
@@ -92,14 +97,15 @@ class Clips:
 
     def _threshold(self, low: np.ndarray, clipped: list[int]) -> np.ndarray:
         """The scale of the pattern "sign" at which each leaf's clip starts to act."""
-        own, points = {"own": 1.0}, 7
+        own, points = {"own": 1.0}, int(np.clip(self.prober.lanes - 1, 4, 7))
+        rounds = 3 if points > 5 else 4
         low, high = low.copy(), low * self.ratio
         # The pattern "r" is of sizes 1/2 to 2.
         low, high = low / 4, high * 4
         second = ({"r2": np.sqrt(low * high)}, own)
         reference = high * self.ratio
         exact = np.full(len(low), np.nan)
-        for number in range(3):
+        for number in range(rounds):
             grid = low * (high / low) ** (np.arange(points)[:, None] / (points - 1))
             runs: Sequences = {i: [({"sign": s}, own), second] for i, s in enumerate(grid)}
             runs["top"] = [({"sign": reference}, own), second]
@@ -108,7 +114,7 @@ class Clips:
                 far = [self._distance(out[i], out["top"], leaf) for i in range(points)]
                 inside = [i for i, x in enumerate(far) if x > self.tol[leaf]]
                 i = min(max(inside, default=0), points - 2)
-                if number == 2 and i >= 1:
+                if number == rounds - 1 and i >= 1:
                     # From the last two scales below the threshold, a straight line to it.
                     a, b, x, y = grid[i - 1, leaf], grid[i, leaf], far[i - 1], far[i]
                     exact[leaf] = b + (b - a) * y / (x - y) if x > y else np.nan
@@ -117,7 +123,7 @@ class Clips:
         return np.where((exact >= low * 0.99) & (exact <= high * 1.01), exact, middle)
 
     def _verified(self, found: list[Clip], at: np.ndarray, clipped: list[int]) -> list[Clip]:
-        """Thresholds that also hold for gradients of another direction; else None."""
+        """Clips whose thresholds hold for gradients of another direction too; else unknown."""
         prober, own = self.prober, {"own": 1.0}
         sizes = [max(1, int(np.prod(leaf.shape))) for leaf in prober.shapes]
         other = prober.patterns["q2"]
@@ -149,14 +155,18 @@ class Clips:
         checked = list(found)
         for i in clipped:
             acts = self._distance(out["above"], out["far"], i) <= 4 * self.tol[i]
-            free = self._distance(out["below"], out["far"], i) > 4 * self.tol[i]
-            checked[i] = Clip(found[i].kind, float(limits[i]) if acts and free else None)
+            if acts and self._share_moved(out["below"], out["far"], i) >= 0.9:
+                checked[i] = Clip(found[i].kind, float(limits[i]))
+            else:
+                checked[i] = Clip("none" if i in self.smooth else "unknown")
         return checked
 
     def _relative(self, found: list[Clip]) -> list[Clip]:
         """Clips relative to the gradients before, which have no one threshold: unknown."""
         own, s = {"own": 1.0}, self.scales[len(self.scales) // 2]
         last = ({"r": FAR * s}, own)
+        if not any(found[i].kind == "none" for i in self.leaves):
+            return found
         out = self.prober.run({
             "spike": [({"r": s}, own), ({"r2": FAR * s}, own), last],
             "higher": [({"r": s}, own), ({"r2": FAR * s * self.ratio}, own), last],
@@ -183,6 +193,14 @@ class Clips:
             if size:
                 far = max(far, float(np.abs(x[leaf] - y[leaf]).max(initial=0) / size))
         return far
+
+    def _share_moved(self, a: Probed, b: Probed, leaf: int) -> float:
+        """The share of entries whose updates differ."""
+        moved = np.zeros(a.updates[0][leaf].shape, bool)
+        for x, y in zip(a.updates, b.updates, strict=True):
+            size = max(np.abs(x[leaf]).max(), np.abs(y[leaf]).max())
+            moved |= np.abs(x[leaf] - y[leaf]) > self.tol[leaf] * size
+        return float(np.mean(moved))
 
     def _finite(self, a: Probed, leaf: int) -> bool:
         return all(np.isfinite(u[leaf]).all() for u in a.updates)

@@ -53,9 +53,9 @@ def explain(
     >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
     >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), jaxreg.weight_decay(1e-3, 1))
     >>> print(jaxreg.explain(tx, params))
-    leaf    shape         decay            clip                exact zeros  notes
-    bias    float32[3]    none             by global norm 1    none
-    kernel  float32[4,3]  0.001 decoupled  by global norm 1    none
+    leaf    shape         decay            clip              exact zeros  notes
+    bias    float32[3]    none             by global norm 1  none
+    kernel  float32[4,3]  0.001 decoupled  by global norm 1  none
     """
     _check.transformation("tx", tx)
     step = _check.whole_number("step", step, at_least=0)

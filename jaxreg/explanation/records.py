@@ -21,8 +21,8 @@ class LeafExplanation:
             `decay` is the amount for the weights' own size); or "unknown". Coupled and decoupled
             are the same thing where the direction has no memory, and are "decoupled" then.
         l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found.
-        clip: "none"; "by value"; "by leaf norm", or that of a part of the leaf; "by global norm",
-            of this leaf and others (of a tree of one leaf it is the leaf's); or "unknown".
+        clip: "none"; "by value"; "by leaf norm"; "by global norm", of all leaves (in a tree of
+            one leaf it is the leaf's); or "unknown", as clips by units and by running norms.
         clip_threshold: the norm, or size of an entry, above which the gradient is clipped.
         penalized: whether small weights become exactly zero.
         penalty_threshold: the weights up to which they do, where it is a soft threshold that does
