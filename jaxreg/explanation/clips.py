@@ -131,8 +131,10 @@ class Clips:
         norms = [float(np.linalg.norm(np.abs(x).ravel())) for x in other]
         over_all = float(np.linalg.norm([f * x for f, x in zip(factors, norms, strict=True)]))
         total = np.sqrt(sum(sizes[i] for i in self.leaves))
+        if whole := [i for i in clipped if found[i].kind == "by global norm"]:
+            near = np.median(at[whole])
+            at = np.where(np.abs(at / near - 1) < 0.01, near, at)
         limits, below, above = np.full(len(sizes), np.nan), np.ones(len(sizes)), np.ones(len(sizes))
-        whole = [i for i in clipped if found[i].kind == "by global norm"]
         common = float(np.median(at[whole])) * total / over_all if whole else np.nan
         for i in range(len(sizes)):
             kind = found[i].kind
@@ -148,10 +150,12 @@ class Clips:
                 base = common if whole else self.low
                 below[i], above[i] = np.array([0.95, 1.05]) * base * factors[i]
         second = ({"r2": np.array(at)}, own)
-        out = prober.run({
-            name: [({"q2": s}, own), second]
-            for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
-        })
+        out = prober.run(
+            {
+                name: [({"q2": s}, own), second]
+                for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
+            }
+        )
         checked = list(found)
         for i in clipped:
             acts = self._distance(out["above"], out["far"], i) <= 4 * self.tol[i]
@@ -167,25 +171,25 @@ class Clips:
         last = ({"r": FAR * s}, own)
         if not any(found[i].kind == "none" for i in self.leaves):
             return found
-        out = self.prober.run({
-            "spike": [({"r": s}, own), ({"r2": FAR * s}, own), last],
-            "higher": [({"r": s}, own), ({"r2": FAR * s * self.ratio}, own), last],
-            "other": [({"r": s}, own), ({"r2": -FAR * s}, own), last],
-        })
+        out = self.prober.run(
+            {
+                "spike": [({"r": s}, own), ({"r2": FAR * s}, own), last],
+                "higher": [({"r": s}, own), ({"r2": FAR * s * self.ratio}, own), last],
+                "other": [({"r": s}, own), ({"r2": -FAR * s}, own), last],
+            }
+        )
         checked = list(found)
         for i in self.leaves:
             same = self._same(out["spike"], out["higher"], i, first=1)
             seen = not self._same(out["spike"], out["other"], i, first=1)
-            if found[i].kind == "none" and same and seen and i not in self.blind:
+            if found[i].kind == "none" and same and seen and i not in self.blind | self.smooth:
                 checked[i] = Clip("unknown")
         return checked
 
     def _same(self, a: Probed, b: Probed, leaf: int, first: int = 0) -> bool:
         return self._distance(a, b, leaf, first) <= self.tol[leaf]
 
-    def _distance(
-        self, a: Probed, b: Probed, leaf: int, first: int = 0
-    ) -> float:
+    def _distance(self, a: Probed, b: Probed, leaf: int, first: int = 0) -> float:
         """How far apart the updates are, relative to the larger ones of both."""
         far = 0.0
         for x, y in zip(a.updates[first:], b.updates[first:], strict=True):

@@ -4,6 +4,8 @@ So that changing the weights of the first step by d and its gradient by -l d cha
 the second update, where a decoupled decay of the first step is not seen.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jaxreg.explanation.clips import Clip
@@ -33,7 +35,7 @@ def find_coupled(decays: Decays, found: list[Decay], clips: list[Clip]) -> None:
 
     # How far the weights must go to be seen as much as one hundredth of the gradient.
     moves = [10.0**j for j in range(-6, 7)]
-    runs = {j: two({}, m * decays.unit) for j, m in enumerate(moves)}
+    runs: dict[Any, Any] = {j: two({}, m * decays.unit) for j, m in enumerate(moves)}
     runs |= {"base": two({}, np.zeros(n)), "gradient": two({"q2": 0.01 * g}, np.zeros(n))}
     out = prober.run(runs)
     chosen, l2 = np.full(n, np.nan), np.full(n, np.nan)
@@ -79,7 +81,11 @@ def _verify(decays, found, l2, left, g, two, moved) -> None:
     runs = {"zero": [({"r": g}, {})]}
     # So far that a clip before does not see what is added to the gradient.
     room = 100 * g / np.maximum(np.abs(l2) * unit, 1e-30)
-    for name, (pattern, far) in {"q": ("q", 1.0), "minus": ("q", -1.0), "other": ("q2", 30.0)}.items():
+    for name, (pattern, far) in {
+        "q": ("q", 1.0),
+        "minus": ("q", -1.0),
+        "other": ("q2", 30.0),
+    }.items():
         p = np.clip(far, -room, room) * unit
         runs[name] = [({"r": g, pattern: -l2 * p}, {pattern: p})]
     first = prober.run(runs)

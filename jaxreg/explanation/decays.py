@@ -63,12 +63,14 @@ class Decays:
             runs |= {(sign, name): [(g, weights[name])] for name in ("other", "zero")}
         out = self.prober.run(runs)
         low, q = 1e-3, weights["q"]
-        two = self.prober.run({
-            "near": [({"r": low}, q), ({"r2": low}, q)],
-            "far": [({"r": low}, self.weights(q2=far)), ({"r2": low}, q)],
-            "still": [(zero, zero), (zero, zero)],
-            "other": [({"r2": low}, q), ({"r2": low}, q)],
-        })
+        two = self.prober.run(
+            {
+                "near": [({"r": low}, q), ({"r2": low}, q)],
+                "far": [({"r": low}, self.weights(q2=far)), ({"r2": low}, q)],
+                "still": [(zero, zero), (zero, zero)],
+                "other": [({"r2": low}, q), ({"r2": low}, q)],
+            }
+        )
         return [
             Leaf(self, out, two, i).find() if i in set(self.leaves) else Decay()
             for i in range(len(self.prober.shapes))
@@ -127,8 +129,9 @@ class Leaf:
         amount = float(-np.dot(self.u("0", "far") - base, q) / np.dot(q, q))
         for name in ("q", "far", "own", "minus", "small", "middle", "other", "spread"):
             p = self.w(name)
-            if not self._close(self.u("0", name), base - amount * p, np.abs(amount * p)
-                               + np.abs(base)):
+            if not self._close(
+                self.u("0", name), base - amount * p, np.abs(amount * p) + np.abs(base)
+            ):
                 return None
         return amount
 
@@ -207,8 +210,11 @@ class Leaf:
         )
         name = "own" if np.any(self.w("own")) else "q"
         p = self.w(name)
-        if same and not np.any(base) and self._close(self.u("0", "q"), -self.u("0", "minus"),
-                                                     np.abs(self.u("0", "q"))):
+        if (
+            same
+            and not np.any(base)
+            and self._close(self.u("0", "q"), -self.u("0", "minus"), np.abs(self.u("0", "q")))
+        ):
             found.amount = float(-np.dot(self.u("0", name), p) / np.dot(p, p))
             found.kind = "not linear"
 

@@ -11,7 +11,7 @@ from jaxreg import _check, where
 from jaxreg.explanation.clips import Clip, Clips
 from jaxreg.explanation.coupled import find_coupled
 from jaxreg.explanation.decays import Decay, Decays
-from jaxreg.explanation.probing import Prober, passed_on
+from jaxreg.explanation.probing import Prober
 from jaxreg.explanation.records import Explanation, LeafExplanation, describe_change
 
 
@@ -51,7 +51,8 @@ def explain(
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
-    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), jaxreg.weight_decay(1e-3, 1))
+    >>> decay = jaxreg.weight_decay(1e-3, rate=1.0)
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), decay)
     >>> print(jaxreg.explain(tx, params))
     leaf    shape         decay            clip              exact zeros  notes
     bias    float32[3]    none             by global norm 1  none
@@ -72,8 +73,9 @@ def explain(
     found = decays.find()
     find_coupled(decays, found, clips)
     frozen = _frozen(prober, decays, found, step)
-    changed = [describe_change(n, before[n], after.get(n)) for n in before
-               if before[n] != after.get(n)]
+    changed = [
+        describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
+    ]
     records = []
     for i, (path, leaf) in enumerate(zip(where.paths(params), leaves, strict=True)):
         decay, clip = found[i], clips[i]
@@ -106,12 +108,13 @@ def explain(
 def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """The dtypes of the state at init and after an update, by path, and those of the updates."""
     updates, state = prober.one(({"r": 1.0}, {"own": 1.0}))
-    named = [
-        {n: str(jnp.result_type(x)) for n, x in zip(where.paths(s), jax.tree.leaves(s), strict=True)}
-        for s in (prober.initial, state)
-    ]
+
+    def named(s: Any) -> dict[str, str]:
+        kinds = [str(jnp.result_type(x)) for x in jax.tree.leaves(s)]
+        return dict(zip(where.paths(s), kinds, strict=True))
+
     flat = prober.treedef.flatten_up_to(updates)
-    return named[0], named[1], [str(jnp.result_type(x)) for x in flat]
+    return named(prober.initial), named(state), [str(jnp.result_type(x)) for x in flat]
 
 
 def _frozen(prober: Prober, decays: Decays, found: list[Decay], step: int) -> list[bool]:
@@ -138,5 +141,3 @@ def _lost(prober: Prober, i: int, amount: float | None) -> bool | None:
         return False
     half = 2.0 ** np.floor(np.log2(weights)) * float(info.eps) / 2
     return bool(np.mean(abs(amount) * weights < half) > 0.5)
-
-

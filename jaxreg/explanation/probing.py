@@ -6,7 +6,7 @@ the state that ``init`` gives for the weights themselves, with its step counters
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxreg.explanation.running import runner
 Mix = dict[str, Any]
 """Factors of patterns: a number, or one for each leaf."""
 Step = tuple[Mix, Mix]
-Sequences = dict[Any, Sequence[Step]]
+Sequences = Mapping[Any, Sequence[Step]]
 
 COUNTERS = ("count", "step", "steps", "gradient_step", "step_count", "iteration", "iterations")
 MEMORY = 2**30  # bytes of probes at a time
@@ -104,8 +104,7 @@ class Prober:
         seen_weights, seen_updates = [], []
         for number in range(len(sequences[0])):
             grads, weights = (
-                self._stacked([sequence[number][part] for sequence in sequences])
-                for part in (0, 1)
+                self._stacked([sequence[number][part] for sequence in sequences]) for part in (0, 1)
             )
             updates = None
             for _ in range(self.micro_steps):
@@ -145,7 +144,7 @@ class Prober:
                 updates, after = self.tx.update(grads, state, weights, **self.extra_args)
             if any(np.any(np.asarray(u) != 0) for u in jax.tree.leaves(updates)):
                 return number
-            after = with_step(after, step) if step else with_step(after, 0)
+            after = with_step(after, step)
             if _whole_numbers(after) == _whole_numbers(state):
                 return 1
             state = after
@@ -186,7 +185,7 @@ class Prober:
             sizes = 10.0 ** (4.5 * sizes - 3.5) if name == "h" else 2.0**sizes
             signs = self.draw.integers(0, 2, leaf.shape) * 2 - 1
             # Gradients that follow go against the first: signs of averages depend on sizes.
-            signs = -np.sign(self.patterns["r"][i].real) if name == "r2" else signs
+            signs = -np.sign(np.real(self.patterns["r"][i])) if name == "r2" else signs
             pattern = (sizes * signs).astype(np.float32)
             made.append(pattern * np.complex64(1 + 0.5j) if _is_complex(leaf.dtype) else pattern)
         if name == "r":
@@ -211,7 +210,7 @@ class Prober:
             flat, chosen = x.reshape(x.shape[0], -1), self.chosen[i]
             few = np.asarray(flat if chosen is None else jnp.take(flat, chosen, axis=1))
             if np.iscomplexobj(few):
-                few = np.concatenate([few.real, few.imag], axis=1)
+                few = np.concatenate([np.real(few), np.imag(few)], axis=1)
             out.append(few.astype(np.float64))
         return out
 
