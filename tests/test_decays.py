@@ -185,9 +185,9 @@ def test_trees_that_are_not_like_the_parameters_are_refused_by_name():
     wrong, short = {**p, "bias": jnp.ones(3)}, {"kernel": p["kernel"]}
     with pytest.raises(ValueError, match=r"anchor: got shape \(3,\) for \(2,\) on bias"):
         jaxreg.ewc(1.0, wrong, p).init(p)
-    with pytest.raises(ValueError, match="fisher: got a tree of the structure"):
+    with pytest.raises(ValueError, match="fisher: got a tree without the leaf bias"):
         jaxreg.ewc(1.0, p, short).init(p)
-    with pytest.raises(ValueError, match="toward: got a tree of the structure"):
+    with pytest.raises(ValueError, match="toward: got a tree without the leaf bias"):
         jaxreg.selective_projection_decay(optax.sgd(0.1), toward=short).init(p)
     with pytest.raises(ValueError, match="toward: got 'initial' .did you mean 'init'"):
         jaxreg.selective_projection_decay(optax.sgd(0.1), toward="initial")
