@@ -37,7 +37,7 @@ def test_a_gradient_outside_is_scaled_to_the_limit():
 
 
 def test_bf16_gradients_are_clipped_to_the_norm_asked_for():
-    grads = [jnp.full((1000,), 0.01, jnp.bfloat16) for _ in range(300)]
+    grads = [jnp.full((5000,), 0.01, jnp.bfloat16) for _ in range(60)]
     clipped, state = clip(1.0, grads)
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in clipped))
     assert abs(norm - 1) < 2.0**-8

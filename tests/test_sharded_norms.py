@@ -34,9 +34,10 @@ def by_select(monkeypatch):
 
 
 def mapped(function, out_specs, specs=SPECS, check_vma=True):
-    return jax.shard_map(
+    whole = jax.shard_map(
         function, mesh=mesh_of(), in_specs=(specs,), out_specs=out_specs, check_vma=check_vma
     )
+    return jax.jit(whole)  # op by op, 8 devices compile each of them
 
 
 def clipped(tx):
@@ -51,45 +52,44 @@ def clipped(tx):
 
 # Inside shard_map --------------------------------------------------------------------------------
 
+
 NORMS = {
-    "global_norm": (jaxreg.global_norm, P()),
-    "leaf_norms": (jaxreg.leaf_norms, dict.fromkeys(SPECS, P())),
-    "rms": (jaxreg.rms, P()),
+    "global_norm": jaxreg.global_norm,
+    "leaf_norms": jaxreg.leaf_norms,
+    "rms": jaxreg.rms,
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
-def test_norms_of_pieces_are_those_of_the_whole(name, scale):
-    norm, out = NORMS[name]
-    found = mapped(lambda tree: norm(tree, axis_name=AXES), out)(grads(scale))
-    chex.assert_trees_all_close(found, norm(grads(scale)), rtol=1e-6)
+def all_norms(tree, **options):
+    return [norm(tree, **options) for norm in NORMS.values()]
+
+
+def norms_of_pieces(specs=SPECS, **options):
+    return mapped(lambda tree: all_norms(tree, axis_name=AXES), P(), specs, **options)
+
+
+def test_norms_of_pieces_are_those_of_the_whole():
+    found = norms_of_pieces()
+    for scale in (1.0, 1e25, 1e-25):
+        chex.assert_trees_all_close(found(grads(scale)), all_norms(grads(scale)), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("by_select")
-@pytest.mark.parametrize("name", NORMS)
-def test_norms_of_pieces_are_those_of_the_whole_on_gpus(name):
-    norm, out = NORMS[name]
+def test_norms_of_pieces_are_those_of_the_whole_on_gpus():
+    found = norms_of_pieces()
     for scale in (1.0, 1e25, 1e-25):
-        found = mapped(lambda tree: norm(tree, axis_name=AXES), out)(grads(scale))
-        chex.assert_trees_all_close(found, norm(grads(scale)), rtol=1e-6)
+        chex.assert_trees_all_close(found(grads(scale)), all_norms(grads(scale)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_norms_of_leaves_that_all_lack_an_axis(name):
+def test_norms_of_leaves_that_all_lack_an_axis():
     """A leaf that is on all devices along an axis counts once, also where no other is sharded."""
-    norm, out = NORMS[name]
     for specs in (dict.fromkeys(SPECS, P("x")), dict.fromkeys(SPECS, P())):
-        found = mapped(lambda tree: norm(tree, axis_name=AXES), out, specs)(grads())
-        chex.assert_trees_all_close(found, norm(grads()), rtol=1e-6)
+        chex.assert_trees_all_close(norms_of_pieces(specs)(grads()), all_norms(grads()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_without_check_vma_leaves_count_as_sharded(name):
-    norm, out = NORMS[name]
-    specs = dict.fromkeys(SPECS, P("x", "y"))
-    found = mapped(lambda t: norm(t, axis_name=AXES), out, specs, check_vma=False)(grads())
-    chex.assert_trees_all_close(found, norm(grads()), rtol=1e-6)
+def test_without_check_vma_leaves_count_as_sharded():
+    found = norms_of_pieces(dict.fromkeys(SPECS, P("x", "y")), check_vma=False)(grads())
+    chex.assert_trees_all_close(found, all_norms(grads()), rtol=1e-6)
 
 
 def test_one_axis_of_two_gives_the_norm_of_each_slice():
@@ -134,7 +134,8 @@ CLIPS = {
 def test_clips_of_pieces_are_those_of_the_whole(name):
     make = CLIPS[name]
     found = mapped(clipped(make(axis_name=AXES)), (SPECS, P()))(grads())
-    chex.assert_trees_all_close(found, clipped(make())(grads()), rtol=2e-6, atol=1e-7)
+    whole = jax.jit(clipped(make()))(grads())
+    chex.assert_trees_all_close(found, whole, rtol=2e-6, atol=1e-7)
 
 
 def test_without_axis_name_a_shard_clips_by_its_own_norm_and_with_it_by_that_of_all():
@@ -144,7 +145,8 @@ def test_without_axis_name_a_shard_clips_by_its_own_norm_and_with_it_by_that_of_
     def run(**options):
         tx = jaxreg.clip_by_global_norm(1.0, **options)
         update = lambda g: tx.update(g, tx.init(g))[0]  # noqa: E731
-        return jax.shard_map(update, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(jnp.ones(64))
+        mapped = jax.shard_map(update, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+        return jax.jit(mapped)(jnp.ones(64))
 
     np.testing.assert_allclose(jnp.linalg.norm(run()), 8**0.5, rtol=1e-6)
     np.testing.assert_allclose(jnp.linalg.norm(run(axis_name="d")), 1, rtol=1e-6)
@@ -219,15 +221,13 @@ def collectives(function, *args):
 @pytest.mark.usefixtures("by_select")
 @pytest.mark.parametrize("name", NORMS)
 def test_one_collective_serves_the_whole_tree(name):
-    norm, out = NORMS[name]
-    function = mapped(lambda tree: norm(tree, axis_name=AXES), out)
+    function = mapped(lambda tree: NORMS[name](tree, axis_name=AXES), P())
     assert collectives(function, grads()) == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_cpu_has_a_second_collective_in_the_branch_alone(name):
-    norm, out = NORMS[name]
-    function = mapped(lambda tree: norm(tree, axis_name=AXES), out)
+    function = mapped(lambda tree: NORMS[name](tree, axis_name=AXES), P())
     text = jax.jit(function).lower(grads()).compile().as_text()
     counts = {  # by computation
         part.split(" ", 1)[0]: len(re.findall(COLLECTIVE, part)) for part in re.split(r"\n\n", text)
@@ -259,8 +259,7 @@ def test_under_jit_norms_and_clips_of_sharded_arrays_are_global(kind):
     tree = jax.device_put(grads(), shardings)
     tx = jaxreg.clip_by_global_norm(0.5)
     with jax.set_mesh(mesh):
-        for norm, _ in NORMS.values():
-            chex.assert_trees_all_close(jax.jit(norm)(tree), norm(grads()), rtol=1e-6)
+        chex.assert_trees_all_close(jax.jit(all_norms)(tree), all_norms(grads()), rtol=1e-6)
         updates, _ = jax.jit(clipped(tx))(tree)
         expected, _ = clipped(tx)(grads())
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
