@@ -1,10 +1,11 @@
-"""Clips beside those of the libraries whose semantics they have, by these libraries' public calls.
+"""Clips and decays beside those of the libraries that they are to equal, by public calls of these.
 
 torch and Keras are in the extra ``parity``; ``.ci/run`` installs it and runs this file once more.
 """
 
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -134,3 +135,79 @@ def test_each_semantics_gives_what_the_table_of_the_libraries_says(library, case
     grads, limit, dtype = CASES[case]
     found = optax_gradients(OURS["global"](library, limit), grads, dtype)
     np.testing.assert_allclose(np.concatenate(found), TABLE[library, case], rtol=2e-7)
+
+
+# Decays: the weights after each of some steps, in float64 -----------------------------------------
+
+STRENGTH, LR, EPS = 0.3, 0.05, 1e-10  # Keras has its eps at another place
+START = np.array([2.0, -1.0, 0.5, -3.0])
+GRADIENTS = RNG.normal(size=(20, 4)) * [5.0, 1.0, 0.2, 0.05]
+
+
+def torch_path(optimizer):
+    torch = importlib.import_module("torch")
+    p = torch.nn.Parameter(torch.tensor(START))
+    optimizer, path = optimizer(torch.optim, [p]), []
+    for g in GRADIENTS:
+        p.grad = torch.tensor(g)
+        optimizer.step()
+        path.append(p.detach().numpy().copy())
+    return path
+
+
+def keras_path(optimizer, regularizer=None):
+    """With a regularizer: what Keras adds to the loss, in the gradient."""
+    keras = importlib.import_module("keras")
+    p = keras.Variable(START, dtype="float64")
+    optimizer, path = optimizer(keras.optimizers), []
+    added = jax.grad(regularizer(keras.regularizers) if regularizer else lambda w: 0.0 * w.sum())
+    for g in GRADIENTS:
+        optimizer.apply([jnp.array(g) + added(p.value)], [p])
+        path.append(np.array(p.value))
+    return path
+
+
+def jaxreg_path(tx):
+    def step(run, g):
+        w, state = run
+        updates, state = tx.update(g, state, w)
+        w = optax.apply_updates(w, updates)
+        return (w, state), w
+
+    start = jnp.array(START)
+    run = jax.jit(lambda gradients: jax.lax.scan(step, (start, tx.init(start)), gradients)[1])
+    return run(jnp.array(GRADIENTS))
+
+
+ADAM, MOMENTUM = optax.scale_by_adam(eps=EPS), optax.trace(0.9)
+DECAYS = {
+    ("torch", "AdamW"): (
+        lambda: torch_path(lambda optim, p: optim.AdamW(p, LR, eps=EPS, weight_decay=STRENGTH)),
+        lambda: jaxreg.regularize(ADAM, LR, decay=STRENGTH),
+    ),
+    ("torch", "Adam(weight_decay)"): (
+        lambda: torch_path(lambda optim, p: optim.Adam(p, LR, eps=EPS, weight_decay=STRENGTH)),
+        lambda: jaxreg.regularize(ADAM, LR, l2=STRENGTH),
+    ),
+    ("torch", "SGD(weight_decay)"): (
+        lambda: torch_path(lambda optim, p: optim.SGD(p, LR, momentum=0.9, weight_decay=STRENGTH)),
+        lambda: jaxreg.regularize(MOMENTUM, LR, l2=STRENGTH),
+    ),
+    ("keras", "AdamW"): (
+        lambda: keras_path(lambda optim: optim.AdamW(LR, epsilon=EPS, weight_decay=STRENGTH)),
+        lambda: jaxreg.regularize(ADAM, LR, decay=STRENGTH),
+    ),
+    ("keras", "SGD with L2"): (
+        lambda: keras_path(
+            lambda optim: optim.SGD(LR, momentum=0.9), lambda added: added.L2(STRENGTH)
+        ),
+        lambda: jaxreg.regularize(MOMENTUM, LR, l2=jaxreg.l2_decay(2 * STRENGTH)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("library", "optimizer"), DECAYS)
+def test_decays_as_the_library_itself_does(library, optimizer, libraries, x64):
+    libraries(library)
+    theirs, ours = DECAYS[library, optimizer]
+    np.testing.assert_allclose(jaxreg_path(ours()), theirs(), rtol=1e-6)
