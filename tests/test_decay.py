@@ -153,10 +153,9 @@ NOISE = np.random.default_rng(0).normal(size=(STEPS, 2, 2))
 
 
 def average(p, state, decay=0.9):
-    """The anchor of a step, and that of the next one."""
-    anchor = state.get("average", FROM)
-    state["average"] = decay * anchor + (1 - decay) * p
-    return anchor
+    """The anchor of a step: the average of the weights up to it."""
+    state["average"] = decay * state.get("average", FROM) + (1 - decay) * p
+    return state["average"]
 
 
 # name: the arguments, and the weights after a step by the paper, p' = paper(t, p, u, state), where

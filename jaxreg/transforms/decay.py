@@ -4,7 +4,7 @@ Decoupled decay is one rule at one place, $p \leftarrow p - rate \cdot strength 
 What papers call weight decay differs in its arguments:
 
 =============================  =====================================================
-AdamW, SGDW in torch, optax    ``weight_decay(s)``: the rate is the learning rate
+AdamW (torch, optax), SGDW     ``weight_decay(s)``: the rate is the learning rate
 independent, scheduled         ``rate=lambda t: schedule(t) / peak``
 independent, constant          ``rate=1.0``
 PaLM                           ``rate=lambda t: schedule(t) ** 2``
@@ -37,8 +37,8 @@ Profile = Literal["quadratic", "huber", "l1"]
 class ema:
     r"""An anchor of `jaxreg.weight_decay` that follows: the moving average of the weights.
 
-    $a_{t+1} = decay \cdot a_t + (1 - decay) \, p_t$ with $a_0 = p_0$, in float32 at least; the step
-    at t decays toward $a_t$.
+    $a_t = decay \cdot a_{t-1} + (1 - decay) \, p_t$ with $a_{-1} = p_0$, in float32 at least; the
+    step at t takes $p_t$ toward $a_t$.
 
     Args:
         decay: a number in [0, 1), or a traced scalar.
@@ -52,7 +52,7 @@ class ema:
         >>> state = tx.init(jnp.zeros((1, 1)))
         >>> updates, state = tx.update(jnp.zeros((1, 1)), state, jnp.ones((1, 1)))
         >>> round(float(updates[0, 0]), 6), round(float(state.anchor[0, 0]), 6)
-        (-0.5, 0.1)
+        (-0.45, 0.1)
     """
 
     decay: Any
@@ -106,7 +106,8 @@ def weight_decay(
         toward: the anchor. None for 0; "init" for the weights at ``init``, which are copied; a tree
             like params (pretrained weights: L2-SP), copied too; or a `jaxreg.ema`.
         gate: "all"; or "cautious": only entries which the step, as it comes, does not move away
-            from the anchor. An unregularized minimizer then stays one.
+            from the anchor. Where the gradient vanishes, so that there is no step, all decay; yet
+            Adam ends at the minimizer of the loss alone, as far as gradients have no noise.
         profile: of the pull at distance d = p - anchor. "quadratic": d; "huber": d cut at ±delta,
             so that large weights are not decayed more; "l1": the sign of d, never past the anchor.
         delta: where "huber" cuts, a number > 0 or a traced scalar; 1 by default.
@@ -184,11 +185,12 @@ def weight_decay(
         leaves = treedef.flatten_up_to(params)
         chosen = numbers(selector, params)
         anchors, anchored = jax.tree.flatten(state.anchor)
-        for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
-            moves[i] = decayed(moves[i], leaves[i], anchor)
         if isinstance(toward, ema):
+            # Before the step: one that needs the last average would have XLA keep a copy of it.
             pairs = zip(anchors, (leaves[i] for i in chosen), strict=True)
             anchors = [_followed(a, p, toward.decay) for a, p in pairs]
+        for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
+            moves[i] = decayed(moves[i], leaves[i], anchor)
         amount = jnp.prod(jnp.stack([f.astype(state.amount.dtype) for f in factors]))
         after = DecayState(stepped(state.count), amount, anchored.unflatten(anchors))
         return treedef.unflatten(moves), after

@@ -8,7 +8,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.norms import AxisNames, norms_of_groups, replicas, sharding_axes
+from jaxreg.norms import AxisNames, replicas, sharding_axes
 
 
 class WatchState(NamedTuple):
@@ -80,16 +80,15 @@ def watch(
             for p, u in zip(before, moves, strict=True)
         ]
         dtype = state.ratio.dtype
-        norms = norms_of_groups([after, moves], axis_name).astype(dtype)
         names = sharding_axes([*after, *moves], axis_name)
-        sums = [jnp.zeros(3, dtype)]
+        total = jnp.zeros(5, dtype)
         for w, u in zip(after, moves, strict=True):
-            dot = jnp.sum((jnp.conj(w.astype(_wide(u, w))) * u.astype(_wide(u, w))).real)
-            own = jnp.stack([dot.astype(dtype), jnp.sum(w == 0, dtype=dtype), w.size])
-            sums.append(own / replicas(w, names) if names else own)
-        total = sum(sums[1:], sums[0])
-        dot, zeros, number = jax.lax.psum(total, names) if names else total
-        weight_norm, update_norm = norms
+            own = _sums(w, u, dtype)
+            total += own / replicas(w, names) if names else own
+        squares, squares_of_update, dot, zeros, number = (
+            jax.lax.psum(total, names) if names else total
+        )
+        weight_norm, update_norm = jnp.sqrt(squares), jnp.sqrt(squares_of_update)
         length = jnp.where(weight_norm == 0, 1, weight_norm)
         along = dot / length
         across = jnp.sqrt(jnp.maximum(update_norm**2 - along**2, 0))
@@ -106,8 +105,16 @@ def watch(
     return optax.GradientTransformation(init, update)
 
 
-def _wide(a: jax.Array, b: jax.Array) -> Any:
-    return _tree.wide_dtype(jnp.promote_types(a.dtype, b.dtype))
+def _sums(w: jax.Array, u: jax.Array, dtype: Any) -> jax.Array:
+    """Of squares of both, of their product, of zeros and of entries.
+
+    Plain ones, unlike those of a norm that something depends on: a second pass for what is out of
+    range would have XLA write the step to memory first.
+    """
+    wide = _tree.wide_dtype(jnp.promote_types(w.dtype, u.dtype))
+    w, u = w.astype(wide), u.astype(wide)
+    squares = [jnp.sum(jnp.real(jnp.conj(a) * b), dtype=dtype) for a, b in ((w, w), (u, u), (w, u))]
+    return jnp.stack([*squares, jnp.sum(w == 0, dtype=dtype), jnp.asarray(w.size, dtype)])
 
 
 def _chosen(
