@@ -64,6 +64,14 @@ def test_non_finite_gradients_propagate_as_documented():
     np.testing.assert_array_equal(clipped, [np.nan, np.nan])
 
 
+def test_a_clip_of_bf16_is_differentiated_like_one_of_float32():
+    """To JAX the bits that a CPU widens bfloat16 by have no derivative."""
+    first = lambda g: clip(1.0, g)[0].astype(jnp.float32)[0]  # noqa: E731
+    exact = jax.grad(first)(jnp.array([3.0, 4.0]))
+    found = jax.grad(first)(jnp.array([3.0, 4.0], jnp.bfloat16))
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0.02)
+
+
 def test_a_strongly_typed_limit_and_bf16_gradients_go_together():
     clipped, _ = clip(jnp.float32(1.0), jnp.array([3.0, 4.0], jnp.bfloat16))
     assert clipped.dtype == jnp.bfloat16

@@ -200,19 +200,26 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """In its wide dtype.
+    """In its wide dtype."""
+    return _widened_bfloat16(x) if x.dtype == jnp.bfloat16 else _tree.widen(x)
 
-    From bfloat16 on a CPU not by the conversion that norms begin with: XLA would do that once for
-    both, and write a float32 gradient to memory.
+
+@jax.custom_jvp
+def _widened_bfloat16(x: jax.Array) -> jax.Array:
+    """On a CPU not by the conversion that norms begin with.
+
+    XLA would do that once for both, and write a float32 gradient to memory.
     """
-    if x.dtype != jnp.bfloat16:
-        return _tree.widen(x)
 
     def by_bits(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
         return jax.lax.bitcast_convert_type(bits << np.uint32(16), jnp.float32)
 
     return jax.lax.platform_dependent(x, cpu=by_bits, default=_tree.widen)
+
+
+# To JAX bits have the derivative 0.
+_widened_bfloat16.defjvps(lambda tangent, _, x: _tree.widen(tangent))
 
 
 def finite(x: jax.Array) -> jax.Array:
