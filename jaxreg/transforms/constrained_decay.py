@@ -20,7 +20,7 @@ class ConstrainedDecayState(NamedTuple):
 
     Attributes:
         count: steps taken, an int32 scalar.
-        multiplier: the strength of the decay, from 0 to 1/2.
+        multiplier: the strength of the decay, at least 0 and below 1/2.
         bound: on the sum of squares; infinite before it is known.
         average: of the sums of squares; its growth has not fallen yet. () but for "inflection".
         growth: of the average in the last step.
@@ -51,7 +51,8 @@ def constrained_decay(
 
     The sum that is held at the bound is that of $p'$, before the decay. A factor $1 - 2 \nu$ below
     0 would turn the weights around, and further on let them grow without limit: there (weights of
-    mean square 1/2 above their bound) $\nu$ stays at 1/2 and the weights are scaled to the bound.
+    mean square 1/2 above their bound) the weights are scaled to the bound, and $\nu$ starts anew
+    at 0. (Kept at 1/2, it would take them to 0 in the next step that ends inside.)
 
     Args:
         kappa: a number > 0, or a traced scalar.
@@ -123,12 +124,14 @@ def constrained_decay(
         squares = _sums_of_squares(after, dtype)
         sizes = jnp.asarray([max(1, leaves[i].size) for i in chosen], dtype)
         excess = jnp.asarray(mu).astype(dtype) / sizes * (squares - state.bound)
-        multiplier = jnp.clip(state.multiplier + excess, 0, 0.5)
+        multiplier = jnp.maximum(state.multiplier + excess, 0)
+        turns = multiplier >= 0.5
         outside = squares > state.bound
         to_bound = jnp.where(outside, state.bound / jnp.where(outside, squares, 1), 1)
         # The root has no derivative at 0.
         to_bound = jnp.where(to_bound > 0, jnp.sqrt(jnp.where(to_bound > 0, to_bound, 1)), 0)
-        decay = jnp.where(multiplier < 0.5, 2 * multiplier, 1 - to_bound)
+        decay = jnp.where(turns, 1 - to_bound, 2 * multiplier)
+        multiplier = jnp.where(turns, 0, multiplier)
         for k, i in enumerate(chosen):
             wide = _tree.wide_dtype(moves[i].dtype)
             step = moves[i].astype(wide) - decay[k].astype(wide) * after[k].astype(wide)
