@@ -392,6 +392,14 @@ def test_constrain_projects_what_the_optimizer_leaves():
     assert (path["bias"] == 0).any()
 
 
+def test_leaves_without_a_constraint_pass_whatever_they_hold():
+    p = {"kernel": jnp.array([[-1.0, 2.0]]), "count": jnp.arange(3)}
+    tx = jaxreg.constrain(jaxreg.NonNegative())
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)
+    assert updates["kernel"].tolist() == [[1.0, 0.0]]
+    assert updates["count"].tolist() == [0, 0, 0]
+
+
 def test_zeros_are_exact_in_every_dtype():
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         w = jnp.asarray(RNG.normal(size=(20, 20)), dtype)

@@ -72,7 +72,9 @@ def constrain(*constraints: Penalty) -> optax.GradientTransformation:
         params = _check.params_given(params)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
-        targets = [moved(p, u) for p, u in zip(leaves, moves, strict=True)]
+        chosen = {i for place in places(constraints, params) for i in jax.tree.leaves(place.leaves)}
+        pairs = enumerate(zip(leaves, moves, strict=True))
+        targets = [moved(p, u) if i in chosen else p for i, (p, u) in pairs]
         # A projection is the same for every step.
         step = lambda i: jnp.zeros((), targets[i].dtype)  # noqa: E731
         count = jnp.zeros((), jnp.int32)
