@@ -69,6 +69,17 @@ def test_swa_is_the_mean_of_the_weights_chosen():
     chex.assert_trees_all_equal(jaxreg.averaged_params(state, params), params)
 
 
+@pytest.mark.parametrize("link", [jaxreg.swa(), jaxreg.ema_of_params(1 - 1e-9)])
+def test_the_average_of_64_bit_weights_has_64_bits(link, x64):
+    start, grads = jnp.asarray(START, jnp.float64), jnp.asarray(GRADS, jnp.float64)
+    state, seen = link.init(start), []
+    for g in grads:
+        _, state = link.update(g, state, start)
+        seen.append(start + g)
+    mean = np.mean(seen, axis=0)
+    np.testing.assert_allclose(jaxreg.averaged_params(state, start), mean, rtol=0, atol=1e-8)
+
+
 def test_the_rounding_of_16_bit_weights_is_averaged_too():
     """Under jit XLA leaves out a rounding that is undone at once."""
     grads = RNG.normal(size=(7, 500))

@@ -26,7 +26,8 @@ class AverageState(NamedTuple):
 
     Attributes:
         count: steps taken, an int32 scalar.
-        total: the sum of what each step weighs, float32: 0 before the first one that counts.
+        total: the sum of what each step weighs, float32 (float64 for 64-bit parameters): 0 before
+            the first one that counts.
         average: of the weights, a tree like params in float32 at least; before the first step that
             counts the initial weights.
     """
@@ -129,7 +130,7 @@ def _averaging(share: Share, initial: float) -> Transformation:
 
     def init(params: optax.Params) -> AverageState:
         _tree.check_floating("params", params)
-        total = jnp.full((), initial, jnp.float32)
+        total = jnp.full((), initial, _tree.widest_dtype(params))
         return AverageState(jnp.zeros((), jnp.int32), total, _tree.wide_copy(params))
 
     def update(
