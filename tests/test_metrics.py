@@ -168,3 +168,10 @@ def test_the_weights_watched_are_those_of_apply_updates_and_sharded_as_whole():
     assert float(found.weight_norm) == 4  # 1.001 is no bf16 number
     assert float(found.update_norm) == pytest.approx(4e-3, rel=1e-2)
     assert float(found.zeros) == 0
+
+
+def test_watch_counts_beyond_32_bits():
+    w = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16)
+    tx = jaxreg.watch()
+    state = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[1], w)
+    assert state.zeros.dtype == jnp.float32

@@ -114,7 +114,7 @@ def _sums(w: jax.Array, u: jax.Array, dtype: Any) -> jax.Array:
     wide = _tree.wide_dtype(jnp.promote_types(w.dtype, u.dtype))
     w, u = w.astype(wide), u.astype(wide)
     squares = [jnp.sum(jnp.real(jnp.conj(a) * b), dtype=dtype) for a, b in ((w, w), (u, u), (w, u))]
-    return jnp.stack([*squares, jnp.sum(w == 0, dtype=dtype), jnp.asarray(w.size, dtype)])
+    return jnp.stack([*squares, jnp.sum(w == 0, dtype=dtype), jnp.asarray(float(w.size), dtype)])
 
 
 def _chosen(
