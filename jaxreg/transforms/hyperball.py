@@ -31,12 +31,13 @@ def hyperball(
     *,
     where: _where.Selector | str = _where.kernels,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Each leaf keeps its norm and turns by an angle that is the rate (Hyperball).
+    r"""Each leaf keeps its norm and turns by an angle of about the rate (Hyperball).
 
     $W \leftarrow R \, N(W - rate \, R \, N(d))$ with $N(x) = x / \|x\|_F$, d the direction and $R =
     \|W_0\|_F$: in place of weight decay, for layers whose scale is without effect. Its place is
     after the learning rate, as ``regularize(decay=...)`` or as a link behind an optimizer: the
-    update $u = -lr \, d$ that comes in gives its sign and direction alone.
+    update $u = -lr \, d$ that comes in gives its sign and direction alone. The angle is
+    $\arctan(rate)$ for a direction across the weights, and smaller along them.
 
     The norm is R after every step, up to the rounding of the weights: there is no drift, in bf16
     either, as each step starts anew from R. A leaf that starts at 0 stays there, and one whose
