@@ -14,6 +14,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg.penalties.base import Penalty
 from jaxreg.penalties.placement import as_penalties, places
+from jaxreg.transforms.selected import stepped
 
 Number = float | jax.Array
 Transformation = optax.GradientTransformationExtraArgs
@@ -137,7 +138,7 @@ def _averaging(share: Share, initial: float) -> Transformation:
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AverageState]:
         del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = stepped(state.count)
         part, total = share(count, state.total)
 
         def moved(p: jax.Array, u: jax.Array, average: jax.Array) -> jax.Array:

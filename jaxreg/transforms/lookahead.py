@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxreg import _check, _tree
+from jaxreg.transforms.selected import stepped
 
 Number = float | jax.Array
 
@@ -69,7 +70,7 @@ def lookahead(every: int = 5, alpha: Number = 0.5) -> optax.GradientTransformati
     ) -> tuple[optax.Updates, LookaheadState]:
         del extra_args
         params = _check.params_given(params)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = stepped(state.count)
         now = count % every == 0
 
         def next_slow(p: jax.Array, u: jax.Array, slow: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 from jaxreg import _address, _check, _tree
 from jaxreg import where as _where
 from jaxreg.norms import AxisNames, bound_axes, global_norm, varying, varying_axes
+from jaxreg.transforms.selected import floating_leaves, numbers, stepped
 
 Number = float | jax.Array
 PyTree = Any
@@ -234,7 +235,7 @@ def gradient_noise(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> GradientNoiseState:
-        _check_chosen(selector, params)
+        floating_leaves(selector, params)
         return GradientNoiseState(jnp.zeros((), jnp.int32))
 
     def update(
@@ -246,12 +247,9 @@ def gradient_noise(
         deviation = jnp.sqrt(jnp.asarray(eta).astype(jnp.float32)) * fading
         leaves, treedef = jax.tree.flatten(updates)
         keys = _address.leaf_keys(seed, "gradient_noise", state.count, updates)
-        chosen = jax.tree.leaves(selector.mask(updates))
-        for i, (g, yes) in enumerate(zip(leaves, chosen, strict=True)):
-            if yes:
-                leaves[i] = _noisy(g, keys[i], deviation)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(leaves), GradientNoiseState(count)
+        for i in numbers(selector, updates):
+            leaves[i] = _noisy(leaves[i], keys[i], deviation)
+        return treedef.unflatten(leaves), GradientNoiseState(stepped(state.count))
 
     return optax.GradientTransformation(init, update)
 
@@ -299,7 +297,7 @@ def centralize(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        _check_chosen(selector, params)
+        floating_leaves(selector, params)
         return optax.EmptyState()
 
     def update(
@@ -317,8 +315,3 @@ def centralize(
         return jax.tree.map(centered, updates, selector.mask(updates)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_chosen(selector: _where.Selector, params: optax.Params) -> None:
-    chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
-    _tree.check_floating("params", chosen)

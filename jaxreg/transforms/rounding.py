@@ -9,6 +9,7 @@ import optax
 
 from jaxreg import _address, _check, _tree
 from jaxreg import where as _where
+from jaxreg.transforms.selected import stepped
 
 
 class StochasticRoundingState(NamedTuple):
@@ -92,7 +93,7 @@ def stochastic_rounding(
         keys = _address.leaf_keys(seed, "stochastic_rounding", state.count, params)
         pairs = zip(leaves, treedef.flatten_up_to(moves), keys, strict=True)
         moves = treedef.unflatten([_rounding_update(p, u, key) for p, u, key in pairs])
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = stepped(state.count)
         return moves, StochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

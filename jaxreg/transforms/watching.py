@@ -9,6 +9,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import where as _where
 from jaxreg.norms import AxisNames, replicas, sharding_axes
+from jaxreg.transforms.selected import floating_leaves, numbers
 
 
 class WatchState(NamedTuple):
@@ -67,13 +68,16 @@ def watch(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> WatchState:
-        dtype = _tree.widest_dtype(_chosen(params, params, selector)[1])
+        dtype = _tree.widest_dtype(floating_leaves(selector, params))
         return WatchState(*(jnp.zeros((), dtype) for _ in WatchState._fields))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, WatchState]:
-        moves, before = _chosen(updates, _check.params_given(params), selector)
+        params = _check.params_given(params)
+        leaves, treedef = jax.tree.flatten(params)
+        chosen, all_moves = numbers(selector, params), treedef.flatten_up_to(updates)
+        before, moves = [leaves[i] for i in chosen], [all_moves[i] for i in chosen]
         # As apply_updates leaves them.
         after = [
             (p + u.astype(jnp.promote_types(p.dtype, u.dtype))).astype(p.dtype)
@@ -115,15 +119,3 @@ def _sums(w: jax.Array, u: jax.Array, dtype: Any) -> jax.Array:
     w, u = w.astype(wide), u.astype(wide)
     squares = [jnp.sum(jnp.real(jnp.conj(a) * b), dtype=dtype) for a, b in ((w, w), (u, u), (w, u))]
     return jnp.stack([*squares, jnp.sum(w == 0, dtype=dtype), jnp.asarray(float(w.size), dtype)])
-
-
-def _chosen(
-    updates: Any, params: Any, selector: _where.Selector
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The selected leaves of both."""
-    mask = selector.mask(params)
-    chosen = jax.tree.map(lambda p, yes: p if yes else None, params, mask)
-    _tree.check_floating("params", chosen)
-    moves = jax.tree.structure(params).flatten_up_to(updates)
-    flags = jax.tree.leaves(mask)
-    return [u for u, yes in zip(moves, flags, strict=True) if yes], jax.tree.leaves(chosen)
