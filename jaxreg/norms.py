@@ -267,6 +267,26 @@ def sharding_axes(leaves: Sequence[jax.Array], axis_name: AxisNames | None) -> t
     return tuple(n for n in names if not all(_is_replicated(leaf, n) for leaf in leaves))
 
 
+def summed(
+    sums: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_name: AxisNames | None
+) -> jax.Array:
+    """Sums over each leaf's own entries as those over all of its pieces, stacked.
+
+    One collective serves all leaves; without `axis_name`, or outside of ``shard_map``, there is
+    none to be taken.
+
+    Args:
+        sums: one number for each leaf, or one vector.
+        leaves: what they are sums over.
+        axis_name: mesh axes that leaves are sharded along.
+    """
+    names = sharding_axes(leaves, axis_name)
+    if not names:
+        return jnp.stack(sums)
+    each = [number / replicas(x, names) for number, x in zip(sums, leaves, strict=True)]
+    return jax.lax.psum(jnp.stack(each), names)
+
+
 def replicas(x: jax.Array, names: Sequence[str]) -> int:
     """How many devices along these axes hold the same piece."""
     return math.prod(_axis_size(name) for name in names if _is_replicated(x, name))

@@ -317,14 +317,19 @@ def _as_stacked(stacked: Selector | str, axes: int) -> _Stacked:
 
 
 def rank(
-    *, at_least: int = 0, at_most: int | None = None, stacked: Selector | str | None = None
+    *,
+    at_least: int = 0,
+    at_most: int | None = None,
+    stacked: Selector | str | None = None,
+    axes: int = 1,
 ) -> Selector:
     """Leaves whose number of axes lies between two bounds, both included.
 
     Args:
         at_least: a whole number.
         at_most: a whole number >= `at_least`; None for no bound.
-        stacked: leaves whose first axis counts the layers of a scan, and is not counted.
+        stacked: leaves whose first axes count the layers of a scan, and are not counted.
+        axes: how many these are.
 
     Returns:
         A selector, which may be combined with others.
@@ -338,7 +343,7 @@ def rank(
     at_least = _check.whole_number("at_least", at_least, at_least=0)
     if at_most is not None:
         at_most = _check.whole_number("at_most", at_most, at_least=at_least)
-    return _Rank(at_least, at_most, None if stacked is None else _as_stacked(stacked, 1))
+    return _Rank(at_least, at_most, None if stacked is None else _as_stacked(stacked, axes))
 
 
 def predicate(function: Callable[[str, Any], bool]) -> Selector:

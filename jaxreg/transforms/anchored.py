@@ -9,6 +9,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
+from jaxreg.norms import AxisNames, summed
 from jaxreg.transforms.selected import moved, numbers, real_leaves, spread
 
 Number = float | jax.Array
@@ -33,6 +34,7 @@ def selective_projection_decay(
     *,
     toward: PyTree = "init",
     where: _where.Selector | str = _where.kernels,
+    axis_name: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Selective projection decay (SPD), for fine-tuning: decay of steps that lead away.
 
@@ -50,7 +52,10 @@ def selective_projection_decay(
             needs the raw gradient: let this come first in any chain.
         strength: a number >= 0, or a traced scalar.
         toward: the anchor: "init", the weights at ``init``, or a tree like params.
-        where: the leaves it is for: a selector or a path pattern; by default kernels.
+        where: the leaves it is for: a selector or a path pattern; by default kernels. Layers that
+            are stacked in one leaf are decided on together.
+        axis_name: inside ``shard_map``, the mesh axes that leaves are sharded along, as in
+            `jaxreg.clip_by_global_norm`: norms are of whole leaves.
 
     Returns:
         An optax transformation with state `SelectiveProjectionState`, which holds a copy of the
@@ -93,15 +98,20 @@ def selective_projection_decay(
         updates, after = inner.update(updates, state.inner, params, **extra_args)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
-        anchors = zip(numbers(selector, params), jax.tree.leaves(state.anchor), strict=True)
-        for i, p0 in anchors:
+        chosen = numbers(selector, params)
+        anchors = [_tree.widen(p0) for p0 in jax.tree.leaves(state.anchor)]
+        pairs = [*zip(chosen, anchors, strict=True)]
+        ways = [_tree.widen(leaves[i]) - p0 for i, p0 in pairs]
+        aways = [moved(leaves[i], moves[i]) - p0 for i, p0 in pairs]
+        dots = [
+            jnp.stack([jnp.sum(gradients[i].astype(way.dtype) * way), _square(way), _square(away)])
+            for i, way, away in zip(chosen, ways, aways, strict=True)
+        ]
+        totals = summed(dots, aways, axis_name) if dots else []
+        for i, away, (descent, before, after_step) in zip(chosen, aways, totals, strict=True):
             u, dtype = moves[i], _tree.wide_dtype(moves[i].dtype)
-            way = _tree.widen(leaves[i]) - _tree.widen(p0)
-            away = moved(leaves[i], u) - _tree.widen(p0)
-            back = jnp.sum(gradients[i].astype(way.dtype) * way) > 0
-            before, after_step = jnp.sum(jnp.square(way)), jnp.sum(jnp.square(away))
             # One root for both, which has no derivative at 0.
-            grows = back & (after_step > before)
+            grows = (descent > 0) & (after_step > before)
             share = jnp.where(grows & (before > 0), before / _or_one(after_step), 1)
             share = jnp.where(grows & (before == 0), 0, jnp.sqrt(share))
             amount = jnp.asarray(strength).astype(dtype) * (1 - share).astype(dtype)
@@ -253,6 +263,10 @@ def diagonal_fisher(
 def _copied(selector: _where.Selector, params: PyTree, leaves: Sequence[jax.Array]) -> PyTree:
     """Copies of leaves where params are chosen: params may be donated, and changed."""
     return spread(selector, params, [jnp.copy(leaves[i]) for i in numbers(selector, params)])
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x))
 
 
 def _or_one(x: jax.Array) -> jax.Array:

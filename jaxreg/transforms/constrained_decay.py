@@ -8,6 +8,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
+from jaxreg.norms import AxisNames, summed
 from jaxreg.transforms.selected import moved, numbers, real_leaves, stepped
 
 Number = float | jax.Array
@@ -40,6 +41,7 @@ def constrained_decay(
     mu: Number = 1.0,
     warm_up: int | None = None,
     where: _where.Selector | str = _where.kernels,
+    axis_name: AxisNames | None = None,
 ) -> optax.GradientTransformation:
     r"""Constrained parameter regularization (CPR): each leaf has a bound in place of a strength.
 
@@ -50,12 +52,13 @@ def constrained_decay(
     ``regularize(decay=...)`` or as a link behind an optimizer.
 
     The sum that is held at the bound is that of $p'$, before the decay. A factor $1 - 2 \nu$ below
-    0 would turn the weights around, and further on let them grow without limit: there (weights of
-    mean square 1/2 above their bound) the weights are scaled to the bound, and $\nu$ starts anew
-    at 0. (Kept at 1/2, it would take them to 0 in the next step that ends inside.)
+    0 would turn the weights around, and one near 0 take them to nothing before $\nu$ can fall
+    (weights of mean square 1/2 above their bound). So where the decay would take weights outside
+    of the bound to less than half of it, they are scaled to the bound, and $\nu$ starts anew at 0.
 
     Args:
-        kappa: a number > 0, or a traced scalar.
+        kappa: a number > 0, or a traced scalar. It is about the sum of squares, not their mean: one
+            bound for leaves of different sizes needs "dependent" or "inflection".
         init: how the bound $\kappa_l$ of a leaf is found. "uniform": it is `kappa`; "dependent":
             `kappa` times the sum of squares at ``init``; "warm_start": `kappa` times that after
             `warm_up` steps; "inflection": `kappa` times that of the step at which the growth of
@@ -63,7 +66,10 @@ def constrained_decay(
             no decay before.
         mu: how fast $\nu$ follows, a number > 0, or a traced scalar.
         warm_up: a number of steps >= 1, with "warm_start".
-        where: the leaves it is for: a selector or a path pattern; by default kernels.
+        where: the leaves it is for: a selector or a path pattern; by default kernels. Layers that
+            are stacked in one leaf have one bound.
+        axis_name: inside ``shard_map``, the mesh axes that leaves are sharded along, as in
+            `jaxreg.clip_by_global_norm`: norms are of whole leaves.
 
     Returns:
         An optax transformation with state `ConstrainedDecayState`; updates keep their dtype.
@@ -97,6 +103,13 @@ def constrained_decay(
         warm_up = _check.whole_number("warm_up", warm_up, at_least=1)
     selector = _where.as_selector(where)
 
+    def totals(own: list[jax.Array], leaves: list[jax.Array], dtype: Any) -> jax.Array:
+        return summed(own, leaves, axis_name) if own else jnp.zeros(0, dtype)
+
+    def sums_of_squares(leaves: list[jax.Array], dtype: Any) -> jax.Array:
+        own = [jnp.sum(jnp.square(_tree.widen(x))).astype(dtype) for x in leaves]
+        return totals(own, leaves, dtype)
+
     def init_fn(params: optax.Params) -> ConstrainedDecayState:
         leaves = real_leaves(selector, params)
         dtype = _tree.widest_dtype(leaves)
@@ -106,9 +119,9 @@ def constrained_decay(
         if init == "uniform":
             bound = jnp.broadcast_to(jnp.asarray(kappa).astype(dtype), bound.shape)
         elif init == "dependent":
-            bound = jnp.asarray(kappa).astype(dtype) * _sums_of_squares(leaves, dtype)
+            bound = jnp.asarray(kappa).astype(dtype) * sums_of_squares(leaves, dtype)
         elif init == "inflection":
-            average = _sums_of_squares(leaves, dtype)
+            average = sums_of_squares(leaves, dtype)
             growth = jnp.full(len(leaves), -jnp.inf, dtype)
         return ConstrainedDecayState(count, zeros, bound, average, growth)
 
@@ -121,12 +134,13 @@ def constrained_decay(
         chosen = numbers(selector, params)
         dtype = state.bound.dtype
         after = [moved(leaves[i], moves[i]) for i in chosen]
-        squares = _sums_of_squares(after, dtype)
-        sizes = jnp.asarray([max(1, leaves[i].size) for i in chosen], dtype)
+        squares = sums_of_squares(after, dtype)
+        sizes = jnp.maximum(totals([_size(w, dtype) for w in after], after, dtype), 1)
         excess = jnp.asarray(mu).astype(dtype) / sizes * (squares - state.bound)
         multiplier = jnp.maximum(state.multiplier + excess, 0)
-        turns = multiplier >= 0.5
         outside = squares > state.bound
+        kept = jnp.square(1 - 2 * multiplier) * squares
+        turns = (multiplier >= 0.5) | (outside & (kept < state.bound / 2))
         to_bound = jnp.where(outside, state.bound / jnp.where(outside, squares, 1), 1)
         # The root has no derivative at 0.
         to_bound = jnp.where(to_bound > 0, jnp.sqrt(jnp.where(to_bound > 0, to_bound, 1)), 0)
@@ -157,6 +171,5 @@ def constrained_decay(
     return optax.GradientTransformation(init_fn, update)
 
 
-def _sums_of_squares(leaves: list[jax.Array], dtype: Any) -> jax.Array:
-    sums = [jnp.sum(jnp.square(_tree.widen(x))).astype(dtype) for x in leaves]
-    return jnp.stack(sums) if sums else jnp.zeros(0, dtype)
+def _size(x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.asarray(float(x.size), dtype)

@@ -8,7 +8,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.norms import norms_of_groups
+from jaxreg.norms import AxisNames, norms_of_groups, summed
 from jaxreg.transforms.selected import move_to, numbers, rate_of, real_leaves, stepped
 
 Number = float | jax.Array
@@ -30,6 +30,7 @@ def hyperball(
     rate: Number | optax.Schedule | None = None,
     *,
     where: _where.Selector | str = _where.kernels,
+    axis_name: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Each leaf keeps its norm and turns by an angle of about the rate (Hyperball).
 
@@ -48,7 +49,9 @@ def hyperball(
             `jaxreg.regularize` and `jaxreg.proximal` supply (as the extra argument
             ``learning_rate`` of ``update``).
         where: the leaves it is for: a selector or a path pattern; by default kernels. The updates
-            of the others pass.
+            of the others pass. Layers that are stacked in one leaf have one norm.
+        axis_name: inside ``shard_map``, the mesh axes that leaves are sharded along, as in
+            `jaxreg.clip_by_global_norm`: norms are of whole leaves.
 
     Returns:
         An optax transformation with state `HyperballState`; the updates of the leaves it is for
@@ -73,7 +76,7 @@ def hyperball(
 
     def init(params: optax.Params) -> HyperballState:
         leaves = real_leaves(selector, params)
-        radii = norms_of_groups([[p] for p in leaves])
+        radii = norms_of_groups([[p] for p in leaves], axis_name)
         return HyperballState(jnp.zeros((), jnp.int32), radii)
 
     def update(
@@ -90,15 +93,20 @@ def hyperball(
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
         chosen = numbers(selector, params)
-        sizes = norms_of_groups([[moves[i]] for i in chosen])
+        sizes = norms_of_groups([[moves[i]] for i in chosen], axis_name)
+        turned = []
         for k, i in enumerate(chosen):
             dtype = _tree.wide_dtype(leaves[i].dtype)
             radius, size = state.radii[k].astype(dtype), sizes[k].astype(dtype)
             # In units of the radius, and divided by norms, whose inverse may be out of range.
-            turned = leaves[i].astype(dtype) / _or_one(radius)
-            turned += jnp.asarray(angle).astype(dtype) * (moves[i].astype(dtype) / _or_one(size))
-            norm = jnp.sqrt(_or_one(jnp.sum(jnp.square(turned))))
-            moves[i] = move_to(radius / norm * turned, leaves[i])
+            way = jnp.asarray(angle).astype(dtype) * (moves[i].astype(dtype) / _or_one(size))
+            turned.append(leaves[i].astype(dtype) / _or_one(radius) + way)
+        squares = [jnp.sum(jnp.square(w)).astype(state.radii.dtype) for w in turned]
+        lengths = state.radii
+        if chosen:
+            lengths = state.radii / jnp.sqrt(_or_one(summed(squares, turned, axis_name)))
+        for k, i in enumerate(chosen):
+            moves[i] = move_to(lengths[k].astype(turned[k].dtype) * turned[k], leaves[i])
         return treedef.unflatten(moves), HyperballState(stepped(state.count), state.radii)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.norms import AxisNames, replicas, sharding_axes
+from jaxreg.norms import AxisNames, summed
 from jaxreg.transforms.selected import floating_leaves, numbers
 
 
@@ -35,7 +35,8 @@ def watch(
 ) -> optax.GradientTransformation:
     r"""Records how far a step moves the weights, for `jaxreg.metrics`: the last link of a chain.
 
-    With p' = p + u and all chosen leaves taken as one vector: the norms of p' and u; their ratio
+    With p' = p + u, rounded to the weights' dtype, u the step that is asked for, and all chosen
+    leaves taken as one vector: the norms of p' and u; their ratio
     $\|u\| / \|p'\|$; the angle between p and p', which is what a step does to weights in front of
     a normalization, whose length does not matter; and the share of zeros in p'. Updates pass.
     The angle of a step that is nearly along the weights is right to 1/2000 of the ratio.
@@ -84,14 +85,9 @@ def watch(
             for p, u in zip(before, moves, strict=True)
         ]
         dtype = state.ratio.dtype
-        names = sharding_axes([*after, *moves], axis_name)
-        total = jnp.zeros(5, dtype)
-        for w, u in zip(after, moves, strict=True):
-            own = _sums(w, u, dtype)
-            total += own / replicas(w, names) if names else own
-        squares, squares_of_update, dot, zeros, number = (
-            jax.lax.psum(total, names) if names else total
-        )
+        own = [_sums(w, u, dtype) for w, u in zip(after, moves, strict=True)]
+        total = summed(own, after, axis_name).sum(0) if own else jnp.zeros(5, dtype)
+        squares, squares_of_update, dot, zeros, number = total
         weight_norm, update_norm = jnp.sqrt(squares), jnp.sqrt(squares_of_update)
         length = jnp.where(weight_norm == 0, 1, weight_norm)
         along = dot / length
