@@ -12,7 +12,7 @@ from jaxreg.transforms import metric as _metric
 from jaxreg.transforms.clipping import clip_by_global_norm
 from jaxreg.transforms.decay import l2_decay
 from jaxreg.transforms.decay import weight_decay as _weight_decay
-from jaxreg.transforms.links import describe
+from jaxreg.transforms.links import describe, learning_rate_in, links
 from jaxreg.transforms.parts import Parts
 from jaxreg.transforms.proximal import proximal
 from jaxreg.transforms.reading import WRAPPERS
@@ -91,11 +91,39 @@ def _link(
         return None
     if not _check.is_transformation(value):
         return make(check(name, value))
-    wrapper = describe(value.update)[0]
-    if wrapper in (*WRAPPERS, "jaxreg.skip_step"):
-        accepted = "a number or a link; what wraps a direction or an optimizer goes around that"
-        raise _check.ArgumentError(name, wrapper, accepted)
+    for link in links(value):
+        own = describe(link.update)[0]
+        if own in _PLACES and _PLACES[own] not in _TAKES[name]:
+            raise _check.ArgumentError(name, own, f"a number or a link; this {_PLACES[own]}")
+    if rate := learning_rate_in(value):
+        given = f"a whole optimizer, with {rate}"
+        raise _check.ArgumentError(name, given, "a number or a link")
     return value
+
+
+# Where a link belongs that has one place only: at another it would do something else in silence.
+_CLIP, _LAST = "is a clip, for clip=", "comes last in a chain, behind the optimizer"
+_COUPLED = "changes the gradient, for l2="
+_DECOUPLED = "comes after the learning rate, for decay="
+_AROUND = "goes around a direction or a whole optimizer"
+_PLACES = {
+    **dict.fromkeys(("jaxreg.clip", "jaxreg.clip_by_value"), _CLIP),
+    **dict.fromkeys(("optax.clip", "optax.clip_by_global_norm", "optax.adaptive_grad_clip"), _CLIP),
+    **dict.fromkeys(("jaxreg.l2_decay", "jaxreg.ewc"), _COUPLED),
+    **dict.fromkeys(("optax.add_decayed_weights", "jaxreg.add_decayed_weights"), _COUPLED),
+    **dict.fromkeys(("jaxreg.weight_decay", "jaxreg.constrained_decay"), _DECOUPLED),
+    **dict.fromkeys(("jaxreg.hyperball", "jaxreg.spectral_decay"), _DECOUPLED),
+    **dict.fromkeys(("jaxreg.spectral_cap", "jaxreg.constrain", "jaxreg.watch"), _LAST),
+    **dict.fromkeys(("jaxreg._averaging", "jaxreg.lookahead"), _LAST),
+    **dict.fromkeys((*WRAPPERS, "jaxreg.skip_step", "jaxreg.stochastic_rounding"), _AROUND),
+    **dict.fromkeys(("jaxreg.selective_projection_decay", "jaxreg.proximal"), _AROUND),
+}
+_TAKES = {
+    "clip": (_CLIP,),
+    "l2": (_COUPLED,),
+    "decay": (_DECOUPLED, _LAST),
+    "weight_decay": (_DECOUPLED, _LAST),
+}
 
 
 def prox_sgd(

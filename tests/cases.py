@@ -89,6 +89,8 @@ class TransformCase(Case):
     takes_complex: bool = dataclasses.field(kw_only=True, default=False)
     # For two sharded kernels in one step, a branch for norms out of range included.
     collectives: int = dataclasses.field(kw_only=True, default=0)
+    # Whether it depends on the paths of leaves: what is random has an address.
+    has_address: bool = dataclasses.field(kw_only=True, default=False)
     # In the laws where sums are taken in another order.
     accuracy: float = dataclasses.field(kw_only=True, default=1e-6)
 
@@ -541,7 +543,10 @@ CASES: list[Case] = [
     _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),
     _transform("weight_decay", lambda s: jaxreg.weight_decay(s, rate=0.1), takes_complex=True),
     _transform(
-        "constrained_decay", lambda s: jaxreg.constrained_decay(s, "dependent"), collectives=2
+        "constrained_decay",
+        lambda s: jaxreg.constrained_decay(s, "dependent"),
+        has_strength=False,  # after init, which finds the bound
+        collectives=2,
     ),
     _transform(
         "selective_projection_decay",
@@ -552,7 +557,12 @@ CASES: list[Case] = [
     ),
     _transform("hyperball", jaxreg.hyperball, collectives=8),
     Case("ewc", _ewc),
-    _transform("spectral_decay", lambda s: jaxreg.spectral_decay(s, rate=0.1), collectives=5),
+    _transform(
+        "spectral_decay",
+        lambda s: jaxreg.spectral_decay(s, rate=0.1),
+        has_address=True,
+        collectives=5,
+    ),
     _transform("spectral_cap", jaxreg.spectral_cap, collectives=19, accuracy=1e-5),
     _transform("constrain", lambda s: jaxreg.constrain(jaxreg.LInfBall(s))),
     _transform(
@@ -560,6 +570,7 @@ CASES: list[Case] = [
         lambda s: jaxreg.weight_decay(
             s, rate=0.1, toward=jaxreg.ema(0.5), gate="cautious", profile="huber"
         ),
+        has_strength=False,  # in the first step: the weights are their average
     ),
     _transform(
         "watch",
@@ -613,7 +624,7 @@ CASES: list[Case] = [
     # Perturbation and rounding
     Case("sam", lambda s, x: jaxreg.sam(lambda w: jnp.sum(w**2), s)(x)[1]),
     Case("asam", lambda s, x: jaxreg.asam(lambda w: jnp.sum(w**2), s)(x)[1]),
-    _transform("gradient_noise", lambda s: jaxreg.gradient_noise(s, seed=0)),
+    _transform("gradient_noise", lambda s: jaxreg.gradient_noise(s, seed=0), has_address=True),
     _transform(
         "centralize",
         lambda s: jaxreg.centralize(),
@@ -638,7 +649,7 @@ CASES: list[Case] = [
         ),
     ),
     # Averages
-    _transform("ema_of_params", jaxreg.ema_of_params, whole_strength=0),
+    _transform("ema_of_params", jaxreg.ema_of_params, whole_strength=0, has_strength=False),
     _transform("swa", lambda s: jaxreg.swa(), has_strength=False),
     _transform("lookahead", lambda s: jaxreg.lookahead(2, s), has_strength=False),
     Case("reapply", lambda s, x: jaxreg.reapply(jaxreg.L1(s), x)),

@@ -311,7 +311,8 @@ OTHER = {"dense": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(2)}}
     [
         ({"profile": "hubert"}, r"^profile: got 'hubert' \(did you mean 'huber'\?\)"),
         ({"gate": "cautius"}, r"^gate: got 'cautius' \(did you mean 'cautious'\?\)"),
-        ({"toward": "start"}, "^toward: got 'start'; accepted: init"),
+        ({"toward": "start"}, "^toward: got 'start'; accepted: 'init', None, a tree"),
+        ({"toward": jaxreg.ema}, "^toward: got <class .*; accepted: .*jaxreg.ema"),
         ({"delta": 1.0}, "^delta: got 1.0 with 'quadratic'; accepted: None"),
         ({"profile": "huber", "delta": 0}, "^delta: got 0.0"),
         ({"toward": jnp.ones(3)}, "^toward: got a tree without the leaf dense/bias"),
@@ -344,3 +345,40 @@ def test_new_strengths_and_deltas_compile_nothing_new():
     for number in (0.1, 0.2):
         step(number, number, PARAMS)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": jaxreg.l2_decay(0.1)}, "decay: got jaxreg.l2_decay; .* for l2="),
+        ({"decay": optax.add_decayed_weights(0.1)}, "decay: got optax.add_decayed_weights"),
+        (
+            {"decay": jaxreg.ewc(0.1, PARAMS, jax.tree.map(jnp.abs, PARAMS))},
+            "decay: got jaxreg.ewc; .* for l2=",
+        ),
+        ({"decay": optax.adam(1.0)}, "decay: got a whole optimizer, with optax.scale"),
+        (
+            {"decay": jaxreg.selective_projection_decay(optax.identity())},
+            "decay: got jaxreg.selective_projection_decay; .* goes around",
+        ),
+        ({"l2": jaxreg.weight_decay(0.1, 1.0)}, "l2: got jaxreg.weight_decay; .* for decay="),
+        ({"clip": jaxreg.weight_decay(0.1, 1.0)}, "clip: got jaxreg.weight_decay; .* for decay="),
+        (
+            {"clip": optax.chain(jaxreg.clip_by_leaf_norm(1.0), jaxreg.l2_decay(0.1))},
+            "clip: got jaxreg.l2_decay",
+        ),
+        ({"l2": jaxreg.clip_by_leaf_norm(1.0)}, "l2: got jaxreg.clip; .* for clip="),
+        ({"clip": jaxreg.ema_of_params(0.9)}, "clip: got .*; .* comes last"),
+    ],
+)
+def test_a_link_in_the_wrong_place_of_regularize_is_refused(arguments, message):
+    """Weights would grow: what belongs before the learning rate has the other sign behind it."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        jaxreg.regularize(optax.identity(), LR, **arguments)
+
+
+def test_links_that_come_last_may_follow_a_decay_in_its_place():
+    decay = optax.chain(jaxreg.weight_decay(0.1), jaxreg.watch())
+    tx = jaxreg.regularize(optax.identity(), LR, decay=decay)
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert {"decay.amount", "weights.angle"} <= jaxreg.metrics(state).keys()

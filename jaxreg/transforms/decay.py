@@ -145,8 +145,9 @@ def weight_decay(
         accepted = 'None, as only profile="huber" has one'
         raise _check.ArgumentError("delta", f"{_check.describe(delta)} with {profile!r}", accepted)
     delta = _check.positive("delta", 1.0 if delta is None else delta)
-    if isinstance(toward, str):
-        _check.choice("toward", toward, ["init"])
+    if (isinstance(toward, str) and toward != "init") or callable(toward):
+        accepted = "'init', None, a tree like params, or a jaxreg.ema(decay)"
+        raise _check.ArgumentError("toward", _check.describe(toward), accepted)
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> DecayState:

@@ -43,13 +43,20 @@ def describe(function: Any) -> tuple[str, dict[str, Any]]:
 
 def refuse_learning_rate(direction: Transformation) -> None:
     """Raises where a direction holds a learning rate: its sign would be flipped a second time."""
-    for link in links(direction):
+    if rate := learning_rate_in(direction):
+        raise _whole_optimizer(f"contains {rate}, its learning rate and sign")
+
+
+def learning_rate_in(transformation: Transformation) -> str | None:
+    """The name of a link that goes down the gradient; None where there is none that is known."""
+    for link in links(transformation):
         name, closed = describe(link.update)
         factor = closed.get("step_size")
         grows = _check.is_concrete(factor) and np.all(np.asarray(factor) > 0)
         whole = name in ("optax.scale_by_schedule", "jaxreg.proximal")
         if whole or (name == "optax.scale" and not grows):
-            raise _whole_optimizer(f"contains {name}, its learning rate and sign")
+            return name
+    return None
 
 
 def refuse_descent(direction: Transformation, params: Any, known: Collection[str]) -> None:
