@@ -114,7 +114,7 @@ _PLACES = {
     **dict.fromkeys(("jaxreg.weight_decay", "jaxreg.constrained_decay"), _DECOUPLED),
     **dict.fromkeys(("jaxreg.hyperball", "jaxreg.spectral_decay"), _DECOUPLED),
     **dict.fromkeys(("jaxreg.spectral_cap", "jaxreg.constrain", "jaxreg.watch"), _LAST),
-    **dict.fromkeys(("jaxreg._averaging", "jaxreg.lookahead"), _LAST),
+    **dict.fromkeys(("jaxreg.average_of_params", "jaxreg.lookahead"), _LAST),
     **dict.fromkeys((*WRAPPERS, "jaxreg.skip_step", "jaxreg.stochastic_rounding"), _AROUND),
     **dict.fromkeys(("jaxreg.selective_projection_decay", "jaxreg.proximal"), _AROUND),
 }

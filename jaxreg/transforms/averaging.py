@@ -81,7 +81,7 @@ def ema_of_params(decay: Number | optax.Schedule, *, debias: bool = True) -> Tra
         after = jnp.asarray(kept).astype(total.dtype) * total + new
         return new / jnp.where(after > 0, after, 1), after
 
-    return _averaging(share, 0.0 if debias else 1.0)
+    return average_of_params(share, 0.0 if debias else 1.0)
 
 
 def swa(start: int = 0, every: int = 1) -> Transformation:
@@ -123,10 +123,10 @@ def swa(start: int = 0, every: int = 1) -> Transformation:
         after = total + counts.astype(total.dtype)
         return counts.astype(total.dtype) / jnp.maximum(after, 1), after
 
-    return _averaging(share, 0.0)
+    return average_of_params(share, 0.0)
 
 
-def _averaging(share: Share, initial: float) -> Transformation:
+def average_of_params(share: Share, initial: float) -> Transformation:
     """A link that moves the average by a share of its distance from the weights after the step."""
 
     def init(params: optax.Params) -> AverageState:
