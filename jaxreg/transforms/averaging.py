@@ -171,8 +171,9 @@ def averaged_params(opt_state: Any, params: Any) -> Any:
     Args:
         opt_state: the state of an optimizer with one `jaxreg.ema_of_params` or `jaxreg.swa` in
             it, in whatever chains and wrappers.
-        params: the weights now. They are the result where there is no average: for leaves that
-            ``optax.masked`` leaves out, and before the first step that counts.
+        params: the weights now, of an NNX model ``nnx.state(model, nnx.Param)``. They are the
+            result where there is no average: for leaves that ``optax.masked`` leaves out, and
+            before the first step that counts.
 
     Returns:
         A tree like params, with its dtypes; debiased. Exact zeros of a penalty are averaged away:

@@ -46,15 +46,17 @@ def sam(
 
     Args:
         loss: ``loss(params, *args, **kwargs)``, a scalar, or with `has_aux` a pair of a scalar
-            and anything. The params are any tree of floating arrays: Linen's, an ``nnx.State`` of
-            ``nnx.split``, complex ones too.
+            and anything. The params are any tree of floating arrays: Linen's, complex ones, or of
+            NNX ``graphdef, params, rest = nnx.split(model, nnx.Param, ...)``, from which the loss
+            makes the model again by ``nnx.merge(graphdef, params, rest, copy=True)``.
         rho: the length of the perturbation, a number >= 0, or a traced scalar.
         has_aux: as in ``jax.value_and_grad``.
         axis_name: inside ``shard_map`` or ``pmap``, mesh axes that the batch is sharded along and
             params are not. With None each device perturbs by the gradient of its own batch
             (m-SAM), and the gradient returned is its own as well, to be averaged by you. With
             names, both gradients are averaged over these axes. Value and aux are the device's own
-            in any case. Under ``jit`` with sharded arrays the gradient is that of the whole batch.
+            in any case. Under ``jit`` with sharded arrays the gradient is that of the whole batch,
+            and parameters may be sharded too; inside ``shard_map`` each device has them whole.
 
     Returns:
         A function of the loss's arguments that returns ``(value, gradient)``, with `has_aux`
