@@ -11,6 +11,7 @@ import numpy as np
 from jaxreg.explanation.probing import Probed, Prober, Sequences
 
 TOP = 8  # scales that are tried
+POINTS, ROUNDS = 8, 3  # of the search for a threshold
 FAR = 300.0  # times the gradient before: a spike
 
 
@@ -97,24 +98,20 @@ class Clips:
 
     def _threshold(self, low: np.ndarray, clipped: list[int]) -> np.ndarray:
         """The scale of the pattern "sign" at which each leaf's clip starts to act."""
-        own, points = {"own": 1.0}, int(np.clip(self.prober.lanes - 1, 4, 7))
-        rounds = 3 if points > 5 else 4
-        low, high = low.copy(), low * self.ratio
+        own, last = {"own": 1.0}, ROUNDS - 1
         # The pattern "r" is of sizes 1/2 to 2.
-        low, high = low / 4, high * 4
+        low, high = low / 4, low * self.ratio * 4
         second = ({"r2": np.sqrt(low * high)}, own)
-        reference = high * self.ratio
+        top = self.prober.run({"top": [({"sign": high * self.ratio}, own), second]})["top"]
         exact = np.full(len(low), np.nan)
-        for number in range(rounds):
-            grid = low * (high / low) ** (np.arange(points)[:, None] / (points - 1))
-            runs: Sequences = {i: [({"sign": s}, own), second] for i, s in enumerate(grid)}
-            runs["top"] = [({"sign": reference}, own), second]
-            out = self.prober.run(runs)
+        for number in range(ROUNDS):
+            grid = low * (high / low) ** (np.arange(POINTS)[:, None] / (POINTS - 1))
+            out = self.prober.run({i: [({"sign": s}, own), second] for i, s in enumerate(grid)})
             for leaf in clipped:
-                far = [self._distance(out[i], out["top"], leaf) for i in range(points)]
+                far = [self._distance(out[i], top, leaf) for i in range(POINTS)]
                 inside = [i for i, x in enumerate(far) if x > self.tol[leaf]]
-                i = min(max(inside, default=0), points - 2)
-                if number == rounds - 1 and i >= 1:
+                i = min(max(inside, default=0), POINTS - 2)
+                if number == last and i >= 1:
                     # From the last two scales below the threshold, a straight line to it.
                     a, b, x, y = grid[i - 1, leaf], grid[i, leaf], far[i - 1], far[i]
                     exact[leaf] = b + (b - a) * y / (x - y) if x > y else np.nan
@@ -126,7 +123,7 @@ class Clips:
         """Clips whose thresholds hold for gradients of another direction too; else unknown."""
         prober, own = self.prober, {"own": 1.0}
         sizes = [max(1, int(np.prod(leaf.shape))) for leaf in prober.shapes]
-        other = prober.patterns["q2"]
+        other = prober.each("q2")
         factors = np.exp2(prober.draw.uniform(-1, 1, len(sizes)))
         norms = [float(np.linalg.norm(np.abs(x).ravel())) for x in other]
         over_all = float(np.linalg.norm([f * x for f, x in zip(factors, norms, strict=True)]))

@@ -76,7 +76,7 @@ def explain(
     changed = [
         describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
     ]
-    records = []
+    records, own_weights = [], prober.each("own")
     for i, (path, leaf) in enumerate(zip(where.paths(params), leaves, strict=True)):
         decay, clip = found[i], clips[i]
         if decay.still:
@@ -98,7 +98,7 @@ def explain(
                 penalized=decay.penalized,
                 penalty_threshold=decay.threshold,
                 frozen=frozen[i],
-                lost=_lost(prober, i, decay.amount) if floating[i] else None,
+                lost=_lost(leaf.dtype, own_weights[i], decay.amount) if floating[i] else None,
                 dtypes=tuple(own),
             )
         )
@@ -107,14 +107,13 @@ def explain(
 
 def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """The dtypes of the state at init and after an update, by path, and those of the updates."""
-    updates, state = prober.one(({"r": 1.0}, {"own": 1.0}))
-
-    def named(s: Any) -> dict[str, str]:
-        kinds = [str(jnp.result_type(x)) for x in jax.tree.leaves(s)]
-        return dict(zip(where.paths(s), kinds, strict=True))
-
-    flat = prober.treedef.flatten_up_to(updates)
-    return named(prober.initial), named(state), [str(jnp.result_type(x)) for x in flat]
+    updates, state = prober.dtypes
+    before = [str(jnp.result_type(x)) for x in jax.tree.leaves(prober.initial)]
+    return (
+        dict(zip(where.paths(prober.initial), before, strict=True)),
+        dict(zip(where.paths(state), jax.tree.leaves(state), strict=True)),
+        prober.treedef.flatten_up_to(updates),
+    )
 
 
 def _frozen(prober: Prober, decays: Decays, found: list[Decay], step: int) -> list[bool]:
@@ -130,13 +129,13 @@ def _frozen(prober: Prober, decays: Decays, found: list[Decay], step: int) -> li
     return frozen
 
 
-def _lost(prober: Prober, i: int, amount: float | None) -> bool | None:
+def _lost(dtype: Any, own: np.ndarray, amount: float | None) -> bool | None:
     """Whether amount * p is below half an ulp of p, for most of the weights that are not 0."""
     if amount is None:
         return None
-    info = jnp.finfo(prober.shapes[i].dtype)
-    weights = np.abs(np.asarray(prober.patterns["own"][i])).astype(np.float64).ravel()
-    weights = weights[weights > 0] if np.any(weights) else np.abs(prober.patterns["q"][i]).ravel()
+    info = jnp.finfo(dtype)
+    weights = np.abs(own).astype(np.float64)
+    weights = weights[weights > 0] if np.any(weights) else np.ones(1)
     if not amount or not weights.size:
         return False
     half = 2.0 ** np.floor(np.log2(weights)) * float(info.eps) / 2

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxreg import where
-from jaxreg.explanation.running import runner
+from jaxreg.explanation.running import Runner
 
 Mix = dict[str, Any]
 """Factors of patterns: a number, or one for each leaf."""
@@ -24,11 +24,13 @@ Step = tuple[Mix, Mix]
 Sequences = Mapping[Any, Sequence[Step]]
 
 COUNTERS = ("count", "step", "steps", "gradient_step", "step_count", "iteration", "iterations")
-MEMORY = 2**30  # bytes of probes at a time
-COPIES = 12  # trees of the weights' size that one probe of an optimizer takes
+MEMORY = 2**29  # bytes of probes at a time
+COPIES = 8  # trees of the weights' size that one probe of an optimizer takes
 LANES = 16
 SAMPLES = 256  # entries of a leaf that are looked at
 MICRO_STEPS = 64
+# What tracing says of Python code that needs the numbers themselves, or can't be batched.
+UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, NotImplementedError)
 
 
 class Probed:
@@ -53,27 +55,31 @@ class Prober:
         self.shapes, self.treedef = jax.tree.flatten(params)
         self.draw = np.random.default_rng(seed)
         self.floating = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in self.shapes]
-        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self.shapes)
-        self.patterns = {name: self._patterns(name) for name in ("q", "q2", "r", "r2", "h")}
-        self.patterns["own"] = self.patterns["q2"] if abstract else self._own()
-        self.patterns["sign"] = [np.sign(x) for x in self.patterns["r"]]
-        self.scales = [_scale(x) for x in self.patterns["own"]]
-        self.own = self.treedef.unflatten(
-            [jnp.asarray(self._mixed(i, {"own": 1.0})) for i in range(len(self.shapes))]
-        )
-        self.chosen = [self._chosen(math.prod(leaf.shape)) for leaf in self.shapes]
+        pairs = zip(self.shapes, self.floating, strict=True)
+        self.sizes = [math.prod(leaf.shape) if yes else 0 for leaf, yes in pairs]
+        self.ends = np.cumsum(self.sizes)
+        self.patterns = self._patterns()
+        self.scales = [_scale(x) for x in self.each("own")]
+        own = self._tree([{"own": 1.0}])
+        self.chosen = [self._chosen(size) for size in self.sizes]
         width = sum(math.prod(leaf.shape) * max(4, leaf.dtype.itemsize) for leaf in self.shapes)
         self.lanes = int(np.clip(MEMORY // max(1, COPIES * width), 1, LANES))
-        self.loops = False
-        self._runners: dict[Any, Callable[..., Any]] = {}
         with passed_on("init"):
-            self.initial = self.tx.init(self.own)
+            self.initial = self.tx.init(jax.tree.map(lambda x: jnp.asarray(x[0]), own))
+        self.runners: dict[Any, Callable[..., Any]] = {}
         self.micro_steps = 1
         self.set_step(step)
 
+    def each(self, name: str) -> list[np.ndarray]:
+        """A pattern leaf by leaf, as vectors; of other leaves than floating ones it is empty."""
+        return np.split(self.patterns[name], self.ends[:-1])
+
     def set_step(self, step: int) -> None:
         """Sets the step counters of the state that sequences start from."""
-        self.start = with_step(self.initial, step)
+        start = with_step(self.initial, step)
+        self.start = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x), (self.lanes, *jnp.shape(x))), start
+        )
         self.micro_steps = self._micro_steps(step)
 
     def run(self, sequences: Sequences) -> dict[Any, Probed]:
@@ -90,22 +96,11 @@ class Prober:
                 )
         return out
 
-    def one(self, step: Step) -> tuple[Any, Any]:
-        """The updates and the state after one call of ``update``, as they are."""
-        grads, weights = (self._tree(mix) for mix in step)
-        with passed_on("update"):
-            return self.tx.update(grads, self.start, weights, **self.extra_args)
-
     def _run(self, sequences: list[Sequence[Step]]) -> tuple[list[Any], list[Any]]:
-        lanes = len(sequences)
-        state = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.asarray(x), (lanes, *jnp.shape(x))), self.start
-        )
+        state = self.start
         seen_weights, seen_updates = [], []
-        for number in range(len(sequences[0])):
-            grads, weights = (
-                self._stacked([sequence[number][part] for sequence in sequences]) for part in (0, 1)
-            )
+        for steps in zip(*sequences, strict=True):
+            grads, _, weights = self._arguments(steps)
             updates = None
             for _ in range(self.micro_steps):
                 updates, state = self._update(grads, state, weights)
@@ -113,35 +108,43 @@ class Prober:
             seen_updates.append(self._sampled(updates))
         return seen_weights, seen_updates
 
-    def _update(self, grads: Any, state: Any, weights: Any) -> tuple[Any, Any]:
-        args = grads, state, weights
+    def _arguments(self, steps: Sequence[Step]) -> tuple[Any, Any, Any]:
+        """Gradients, the state at the start and weights, one lane for each step."""
+        grads, weights = (self._tree([step[part] for step in steps]) for part in (0, 1))
+        return grads, self.start, weights
+
+    def _update(self, *args: Any) -> tuple[Any, Any]:
+        """Updates and states, of gradients, states and weights with one lane for each probe."""
 
         def update(g: Any, s: Any, p: Any) -> tuple[Any, Any]:
             return self.tx.update(g, s, p, **self.extra_args)
 
-        if not self.loops:
-            shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(args)]
-            key = (jax.tree.structure(args), tuple(map(str, shapes)))
-            try:
-                if key not in self._runners:
-                    self._runners[key] = runner(jax.vmap(update), *args)
-                return self._runners[key](*args)
-            except Exception:  # one that can't be batched, for whatever reason
-                self.loops = True
+        def looped(*args: Any) -> tuple[Any, Any]:
+            each = [
+                update(*jax.tree.map(lambda x: jnp.asarray(x)[i], args)) for i in range(self.lanes)
+            ]  # noqa: B023
+            return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *each)
+
+        key = (jax.tree.structure(args), tuple(x.dtype for x in jax.tree.leaves(args)))
         with passed_on("update"):
-            each = [update(*jax.tree.map(lambda x: x[i], args)) for i in range(self.lanes)]  # noqa: B023
-        return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *each)
+            if key not in self.runners:
+                try:
+                    self.runners[key] = Runner(jax.vmap(update), *args)
+                except UNTRACEABLE:
+                    self.runners[key] = looped
+            return self.runners[key](*args)
 
     def _micro_steps(self, step: int) -> int:
         """The number of calls until there is an update: of gradients that are accumulated.
 
         What accumulates counts: where no whole number but the step changes, nothing will come.
         """
-        state = self.start
-        grads, weights = self._tree({"r": 1.0}), self._tree({"q": 1.0})
+        grads, state, weights = self._arguments([({"r": 1.0}, {"q": 1.0})] * self.lanes)
         for number in range(1, MICRO_STEPS + 1):
-            with passed_on("update"):
-                updates, after = self.tx.update(grads, state, weights, **self.extra_args)
+            out = self._update(grads, state, weights)
+            if number == 1:
+                self.dtypes = jax.tree.map(lambda x: str(x.dtype), out)
+            updates, after = out
             if any(np.any(np.asarray(u) != 0) for u in jax.tree.leaves(updates)):
                 return number
             after = with_step(after, step)
@@ -150,55 +153,65 @@ class Prober:
             state = after
         return 1
 
-    def _tree(self, mix: Mix) -> Any:
-        return self.treedef.unflatten([jnp.asarray(self._mixed(i, mix)) for i in self._indices()])
+    def _tree(self, mixes: Sequence[Mix]) -> Any:
+        """Sums of patterns as a tree, a lane for each; whole numbers and keys keep their value."""
+        mixed = np.empty((len(mixes), sum(self.sizes)), self.patterns["r"].dtype)
+        for lane, mix in zip(mixed, mixes, strict=True):
+            lane[:] = 0
+            for name, factor in mix.items():
+                each = np.asarray(factor, np.float32)
+                lane += self.patterns[name] * (np.repeat(each, self.sizes) if each.ndim else each)
+        leaves = []
+        for i, (leaf, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
+            shape = (len(mixes), *leaf.shape)
+            if self.floating[i]:
+                flat = mixed[:, self.ends[i] - size : self.ends[i]]
+                flat = flat if _is_complex(leaf.dtype) else np.real(flat)
+                leaves.append(np.ascontiguousarray(flat, leaf.dtype).reshape(shape))
+            elif isinstance(leaf, jax.ShapeDtypeStruct):
+                leaves.append(np.zeros(shape, leaf.dtype))
+            else:
+                leaves.append(jnp.broadcast_to(leaf, shape))
+        return self.treedef.unflatten(leaves)
 
-    def _stacked(self, mixes: list[Mix]) -> Any:
-        return self.treedef.unflatten(
-            [jnp.asarray(np.stack([self._mixed(i, m) for m in mixes])) for i in self._indices()]
+    def _patterns(self) -> dict[str, np.ndarray]:
+        """All leaves' entries as one vector; complex ones have both parts."""
+        size, draw = sum(self.sizes), self.draw
+        kinds = [x.dtype for x, yes in zip(self.shapes, self.floating, strict=True) if yes]
+        wide = [k for k in kinds if k in (np.float64, np.complex64, np.complex128)]
+        turned = np.repeat(
+            [1 + 0.5j if _is_complex(x.dtype) else 1 for x in self.shapes], self.sizes
         )
+        turned = turned if np.any(turned != 1) else 1
 
-    def _indices(self) -> range:
-        return range(len(self.shapes))
+        def drawn(sizes: np.ndarray, signs: np.ndarray) -> np.ndarray:
+            return (sizes * signs).astype(np.float32) * turned
 
-    def _mixed(self, i: int, mix: Mix) -> np.ndarray:
-        """The sum of patterns for leaf i; whole numbers and keys keep their value."""
-        shape, dtype = self.shapes[i].shape, self.shapes[i].dtype
-        if not self.floating[i]:
-            own = self.shapes[i]
-            return np.zeros(shape, dtype) if isinstance(own, jax.ShapeDtypeStruct) else own
-        total = np.zeros(shape, np.complex64 if _is_complex(dtype) else np.float32)
-        for name, factor in mix.items():
-            number = np.float32(np.asarray(factor).flat[i if np.ndim(factor) else 0])
-            pattern = self.patterns[name][i]
-            # A product of 1 and the weights themselves is the weights themselves.
-            total = total + pattern * (number if name != "own" or number != 1 else 1)
-        return np.asarray(total).astype(dtype)
+        def uniform() -> np.ndarray:
+            return draw.random(size, np.float32) * 2 - 1
 
-    def _patterns(self, name: str) -> list[np.ndarray]:
-        made = []
-        for i, (leaf, floating) in enumerate(zip(self.shapes, self.floating, strict=True)):
-            if not floating:
-                made.append(np.zeros(0, np.float32))
-                continue
-            sizes = self.draw.uniform(-1, 1, leaf.shape).astype(np.float32)
-            sizes = 10.0 ** (4.5 * sizes - 3.5) if name == "h" else 2.0**sizes
-            signs = self.draw.integers(0, 2, leaf.shape) * 2 - 1
-            # Gradients that follow go against the first: signs of averages depend on sizes.
-            signs = -np.sign(np.real(self.patterns["r"][i])) if name == "r2" else signs
-            pattern = (sizes * signs).astype(np.float32)
-            made.append(pattern * np.complex64(1 + 0.5j) if _is_complex(leaf.dtype) else pattern)
-        if name == "r":
-            self.patterns = {"r": made}
-        return made
+        def signs() -> np.ndarray:
+            return draw.integers(0, 2, size, np.int8) * np.int8(2) - np.int8(1)
 
-    def _own(self) -> list[np.ndarray]:
-        pairs = zip(self.shapes, self.floating, strict=True)
-        return [np.asarray(leaf) if yes else np.zeros(0) for leaf, yes in pairs]
+        first = signs()
+        patterns = {name: drawn(np.exp2(uniform()), signs()) for name in ("q", "q2")}
+        patterns["r"] = drawn(np.exp2(uniform()), first)
+        # Gradients that follow go against the first: signs of averages depend on sizes.
+        patterns["r2"] = drawn(np.exp2(uniform()), -first)
+        patterns["h"] = drawn(
+            np.float32(10) ** (np.float32(4.5) * uniform() - np.float32(3.5)), signs()
+        )
+        patterns["sign"] = np.sign(patterns["r"])
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self.shapes)
+        own = [] if abstract else zip(self.shapes, self.floating, strict=True)
+        own = [np.asarray(leaf).ravel() for leaf, yes in own if yes]
+        patterns["own"] = np.concatenate(own) if own else patterns["q2"]
+        kind = np.result_type(np.float32, *wide)
+        return {name: pattern.astype(kind) for name, pattern in patterns.items()}
 
-    def _chosen(self, size: int) -> np.ndarray | None:
+    def _chosen(self, size: int) -> np.ndarray:
         if size <= SAMPLES:
-            return None
+            return np.arange(size)
         return np.sort(self.draw.choice(size, SAMPLES, replace=False))
 
     def _sampled(self, tree: Any) -> list[np.ndarray]:
@@ -207,8 +220,7 @@ class Prober:
             if not self.floating[i]:
                 out.append(np.zeros((self.lanes, 0)))
                 continue
-            flat, chosen = x.reshape(x.shape[0], -1), self.chosen[i]
-            few = np.asarray(flat if chosen is None else jnp.take(flat, chosen, axis=1))
+            few = np.asarray(x).reshape(self.lanes, -1)[:, self.chosen[i]]
             if np.iscomplexobj(few):
                 few = np.concatenate([np.real(few), np.imag(few)], axis=1)
             out.append(few.astype(np.float64))
