@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxreg.explanation.probing import Probed, Prober, Sequences
+from jaxreg.explanation.probing import Probed, Prober
 
 TOP = 8  # scales that are tried
 POINTS, ROUNDS = 8, 3  # of the search for a threshold
@@ -39,7 +39,9 @@ class Clips:
         self.blind: set[int] = set()  # leaves of which the gradient's scale is never seen
         # Leaves where the effect of the scale falls as 1 / scale: the epsilon of a normalization.
         self.smooth: set[int] = set()
-        self.tol = [tolerance(str(leaf.dtype)) for leaf in prober.shapes]
+        # Norms are sums over leaves, one after the other, and over their entries.
+        sums = 2.0**-24 * (len(prober.shapes) + max(prober.sizes) ** 0.5)
+        self.tol = [max(sums, tolerance(str(leaf.dtype))) for leaf in prober.shapes]
 
     def find(self) -> list[Clip]:
         """One finding for each leaf."""
@@ -105,13 +107,15 @@ class Clips:
         top = self.prober.run({"top": [({"sign": high * self.ratio}, own), second]})["top"]
         exact = np.full(len(low), np.nan)
         for number in range(ROUNDS):
-            grid = low * (high / low) ** (np.arange(POINTS)[:, None] / (POINTS - 1))
+            # The first of them lies below `low`, so that there are two below any threshold.
+            steps = (np.arange(POINTS)[:, None] - 1) / (POINTS - 2)
+            grid = low * (high / low) ** steps
             out = self.prober.run({i: [({"sign": s}, own), second] for i, s in enumerate(grid)})
             for leaf in clipped:
                 far = [self._distance(out[i], top, leaf) for i in range(POINTS)]
-                inside = [i for i, x in enumerate(far) if x > self.tol[leaf]]
-                i = min(max(inside, default=0), POINTS - 2)
-                if number == last and i >= 1:
+                acts = [x <= max(self.tol[leaf], 1e-4) for x in far]
+                i = int(np.clip([*acts, True].index(True) - 1, 1, POINTS - 2))
+                if number == last:
                     # From the last two scales below the threshold, a straight line to it.
                     a, b, x, y = grid[i - 1, leaf], grid[i, leaf], far[i - 1], far[i]
                     exact[leaf] = b + (b - a) * y / (x - y) if x > y else np.nan

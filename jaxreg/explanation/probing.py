@@ -24,10 +24,10 @@ Step = tuple[Mix, Mix]
 Sequences = Mapping[Any, Sequence[Step]]
 
 COUNTERS = ("count", "step", "steps", "gradient_step", "step_count", "iteration", "iterations")
-MEMORY = 2**29  # bytes of probes at a time
+MEMORY = 3 * 2**27  # bytes of probes at a time
 COPIES = 8  # trees of the weights' size that one probe of an optimizer takes
 LANES = 16
-SAMPLES = 256  # entries of a leaf that are looked at
+SAMPLES = 2**16  # entries that are looked at, of all leaves: 32 to 256 of each
 MICRO_STEPS = 64
 # What tracing says of Python code that needs the numbers themselves, or can't be batched.
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, NotImplementedError)
@@ -76,10 +76,10 @@ class Prober:
 
     def set_step(self, step: int) -> None:
         """Sets the step counters of the state that sequences start from."""
-        start = with_step(self.initial, step)
-        self.start = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.asarray(x), (self.lanes, *jnp.shape(x))), start
+        lanes = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x), (self.lanes, *jnp.shape(x))), self.initial
         )
+        self.start = with_step(lanes, step)
         self.micro_steps = self._micro_steps(step)
 
     def run(self, sequences: Sequences) -> dict[Any, Probed]:
@@ -120,9 +120,8 @@ class Prober:
             return self.tx.update(g, s, p, **self.extra_args)
 
         def looped(*args: Any) -> tuple[Any, Any]:
-            each = [
-                update(*jax.tree.map(lambda x: jnp.asarray(x)[i], args)) for i in range(self.lanes)
-            ]  # noqa: B023
+            lanes = [jax.tree.map(lambda x: jnp.asarray(x)[i], args) for i in range(self.lanes)]  # noqa: B023
+            each = [update(*lane) for lane in lanes]
             return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *each)
 
         key = (jax.tree.structure(args), tuple(x.dtype for x in jax.tree.leaves(args)))
@@ -210,9 +209,11 @@ class Prober:
         return {name: pattern.astype(kind) for name, pattern in patterns.items()}
 
     def _chosen(self, size: int) -> np.ndarray:
-        if size <= SAMPLES:
+        some = int(np.clip(SAMPLES // len(self.shapes), 32, 256))
+        if size <= some:
             return np.arange(size)
-        return np.sort(self.draw.choice(size, SAMPLES, replace=False))
+        # With replacement, as a permutation of a large leaf takes long.
+        return np.unique(self.draw.integers(0, size, some))
 
     def _sampled(self, tree: Any) -> list[np.ndarray]:
         out = []
@@ -233,10 +234,8 @@ def with_step(state: Any, step: int) -> Any:
     names = where.paths(state)
 
     def at(name: str, leaf: Any) -> Any:
-        counts = name.rpartition("/")[2].lower() in COUNTERS and jnp.shape(leaf) == ()
-        if not counts or not jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
-            return leaf
-        return jnp.asarray(step, jnp.result_type(leaf))
+        counts = name.rpartition("/")[2].lower() in COUNTERS and _is_whole_number(leaf)
+        return jnp.full_like(leaf, step) if counts else leaf
 
     return treedef.unflatten([at(*pair) for pair in zip(names, leaves, strict=True)])
 
@@ -254,12 +253,13 @@ def passed_on(function: str) -> Iterator[None]:
         raise
 
 
-def _whole_numbers(state: Any) -> list[Any]:
-    kept = []
-    for leaf in jax.tree.leaves(state):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.integer) and jnp.size(leaf) == 1:
-            kept.append(int(np.asarray(leaf).item()))
-    return kept
+def _is_whole_number(leaf: Any) -> bool:
+    """Whether each lane has one whole number."""
+    return leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
+def _whole_numbers(state: Any) -> list[int]:
+    return [int(leaf[0]) for leaf in jax.tree.leaves(state) if _is_whole_number(leaf)]
 
 
 def _is_complex(dtype: Any) -> bool:
