@@ -4,6 +4,7 @@ Two steps are looked at, as Adam's first update does not depend on the gradient'
 gradient is of the first one's scale, so that the second update shows what the first one left.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxreg.explanation.probing import Probed, Prober
 
 TOP = 8  # scales that are tried
 POINTS, ROUNDS = 8, 3  # of the search for a threshold
+WARM_UP = 32  # steps until those who compare with gradients before have seen some
 FAR = 300.0  # times the gradient before: a spike
 
 
@@ -125,7 +127,7 @@ class Clips:
 
     def _verified(self, found: list[Clip], at: np.ndarray, clipped: list[int]) -> list[Clip]:
         """Clips whose thresholds hold for gradients of another direction too; else unknown."""
-        prober, own = self.prober, {"own": 1.0}
+        prober = self.prober
         sizes = [max(1, int(np.prod(leaf.shape))) for leaf in prober.shapes]
         other = prober.each("q2")
         factors = np.exp2(prober.draw.uniform(-1, 1, len(sizes)))
@@ -150,10 +152,12 @@ class Clips:
                 limits[i] = at[i] * total
                 base = common if whole else self.low
                 below[i], above[i] = np.array([0.95, 1.05]) * base * factors[i]
-        second = ({"r2": np.array(at)}, own)
+        # Other weights too: a constraint on the weights bounds the update by them.
+        moved = {"own": 1.0, "q": 8.0 * np.array(prober.scales)}
+        second = ({"r2": np.array(at)}, moved)
         out = prober.run(
             {
-                name: [({"q2": s}, own), second]
+                name: [({"q2": s}, moved), second]
                 for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
             }
         )
@@ -168,24 +172,27 @@ class Clips:
 
     def _relative(self, found: list[Clip]) -> list[Clip]:
         """Clips relative to the gradients before, which have no one threshold: unknown."""
-        own, s = {"own": 1.0}, self.scales[len(self.scales) // 2]
-        last = ({"r": FAR * s}, own)
-        if not any(found[i].kind == "none" for i in self.leaves):
-            return found
-        out = self.prober.run(
-            {
-                "spike": [({"r": s}, own), ({"r2": FAR * s}, own), last],
-                "higher": [({"r": s}, own), ({"r2": FAR * s * self.ratio}, own), last],
-                "other": [({"r": s}, own), ({"r2": -FAR * s}, own), last],
-            }
-        )
-        checked = list(found)
-        for i in self.leaves:
-            same = self._same(out["spike"], out["higher"], i, first=1)
-            seen = not self._same(out["spike"], out["other"], i, first=1)
-            if found[i].kind == "none" and same and seen and i not in self.blind | self.smooth:
-                checked[i] = Clip("unknown")
+        checked, open_leaves = list(found), [i for i in self.leaves if found[i].kind == "none"]
+        warm_up = [1, *([WARM_UP] if self.prober.remembers_numbers() else [])]
+        for number in warm_up if open_leaves else []:
+            out = self._spikes(number)
+            near = [max(tol, 1e-3 if number > 1 else 0) for tol in self.tol]
+            for i in open_leaves:
+                same = self._distance(out["spike"], out["higher"], i, first=number) <= near[i]
+                seen = self._distance(out["spike"], out["other"], i, first=number) > near[i]
+                if same and seen and i not in self.blind | self.smooth:
+                    checked[i] = Clip("unknown")
         return checked
+
+    def _spikes(self, number: int) -> dict[str, Probed]:
+        """Spikes after `number` gradients of about one size, and a gradient after them."""
+        own, s = {"own": 1.0}, self.scales[len(self.scales) // 2]
+        before = [({"r": s * (1 + 0.05 * math.cos(2 * i))}, own) for i in range(number)]
+        last = ({"r": FAR * s}, own)
+        spikes = {"spike": FAR, "higher": FAR * self.ratio, "other": -FAR}
+        return self.prober.run(
+            {name: [*before, ({"r2": far * s}, own), last] for name, far in spikes.items()}
+        )
 
     def _same(self, a: Probed, b: Probed, leaf: int, first: int = 0) -> bool:
         return self._distance(a, b, leaf, first) <= self.tol[leaf]

@@ -63,8 +63,16 @@ class Decays:
             runs |= {(sign, name): [(g, weights[name])] for name in ("other", "zero")}
         out = self.prober.run(runs)
         low, q = 1e-3, weights["q"]
+        # Weights that moved on along with the last step, while the gradient turns.
+        ahead = {"own": 1.0, "r": -30 * self.unit}
+        turned = {
+            (sign, name): [({"r": g}, {"own": 1.0}), ({"r": -0.01 * g}, p)]
+            for sign, g in (("+", 1.0), ("-", -1.0), ("0", 0.0))
+            for name, p in (("ahead", ahead), ("zero", zero))
+        }
         two = self.prober.run(
-            {
+            turned
+            | {
                 "near": [({"r": low}, q), ({"r2": low}, q)],
                 "far": [({"r": low}, self.weights(q2=far)), ({"r2": low}, q)],
                 "still": [(zero, zero), (zero, zero)],
@@ -82,6 +90,7 @@ class Leaf:
 
     def __init__(self, all_of_them: Decays, out: dict, two: dict[str, Probed], i: int):
         self.out, self.two, self.i = out, two, i
+        self.second = {name: run.updates[1][i] for name, run in two.items()}
         self.tol, self.eps = all_of_them.tol[i], all_of_them.eps[i]
         self.far = all_of_them.far
 
@@ -117,6 +126,8 @@ class Leaf:
             self._decoupled(found, amount)
         else:
             self._profile(found)
+        if found.kind != "gated" and not self._holds_later():
+            found.amount, found.kind = None, "unknown"
         return found
 
     def _close(self, x: Any, y: Any, size: Any) -> bool:
@@ -148,12 +159,25 @@ class Leaf:
     def _is_odd(self, amount: float) -> bool:
         """Whether what is even in the gradient is the decay alone, whatever scales the step."""
         base = self.u("0", "zero")
+        # What vanishes at large weights is rounded away there, and tells nothing.
+        if np.any(self.u("+", "zero")) and not np.any(self.u("+", "far")):
+            return False
         for p in ("q", "far"):
             plus, minus, w = self.u("+", p), self.u("-", p), self.w(p)
             even, decay = (plus + minus) / 2, base - amount * w
             if not self._close(even, decay, np.abs(plus) + np.abs(minus) + np.abs(decay)):
                 return False
         return True
+
+    def _holds_later(self) -> bool:
+        """Whether a second step's decay does not depend on the gradients either."""
+        u = self.second
+        decay = u["0", "ahead"] - u["0", "zero"]
+        sizes = {g: np.abs(u[g, "ahead"]) + np.abs(u[g, "zero"]) + np.abs(decay) for g in "+-"}
+        if all(self._close(u[g, "ahead"] - u[g, "zero"], decay, sizes[g]) for g in "+-"):
+            return True
+        even = (u["+", "ahead"] + u["-", "ahead"]) / 2
+        return self._close(even, u["0", "ahead"], sizes["+"] + sizes["-"])
 
     def _none(self, found: Decay) -> None:
         moves = self._moves()
@@ -246,10 +270,12 @@ class Leaf:
         checks += [slope("middle", "far", "+"), slope("middle", "far", "-")]
         if any(np.any(np.abs(s + decay) > rounding + self.tol * abs(decay)) for s in checks):
             return
-        if abs(decay) <= rounding:
+        if abs(decay) > rounding:
+            found.amount, found.kind = decay, "decoupled"
+        elif abs(decay) <= self.eps / 4:  # no new weight would show it
             found.amount, found.kind, decay = 0.0, "none", 0.0
         else:
-            found.amount, found.kind = decay, "decoupled"
+            return
         p = np.concatenate([self.w(n) for n in ("q", "minus", "spread", "own")])
         u = np.concatenate([self.u("0", n) for n in ("q", "minus", "spread", "own")])
         left = (np.abs(p) > 0) & (p + u != 0)

@@ -96,6 +96,14 @@ class Prober:
                 )
         return out
 
+    def remembers_numbers(self) -> bool:
+        """Whether the state has floating numbers beside arrays of the leaves' shapes."""
+        shapes = {tuple(leaf.shape) for leaf in self.shapes}
+        return any(
+            jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.shape(x) not in shapes
+            for x in jax.tree.leaves(self.initial)
+        )
+
     def _run(self, sequences: list[Sequence[Step]]) -> tuple[list[Any], list[Any]]:
         state = self.start
         seen_weights, seen_updates = [], []
