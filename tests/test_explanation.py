@@ -165,6 +165,32 @@ def test_clips_are_measured(tx, kind, threshold):
         assert leaf.clip_threshold == (threshold and pytest.approx(threshold, rel=2e-3))
 
 
+@pytest.mark.parametrize(
+    ("shape", "leaves", "kind"),
+    [((8, 8), 300, "by global norm"), ((1000, 1000), 1, "by leaf norm")],
+)
+def test_clips_of_many_and_of_large_leaves_are_measured(shape, leaves, kind):
+    params = {f"l{i}": jnp.full(shape, 0.1) for i in range(leaves)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LR, weight_decay=WD))
+    for leaf in found(tx, params).values():
+        assert leaf.clip == kind
+        assert leaf.clip_threshold == near(1.0)
+        assert (leaf.decay_kind, leaf.decay) == ("decoupled", near(LR * WD))
+
+
+@pytest.mark.parametrize("clip", [jaxreg.zclip(), jaxreg.autoclip(50)])
+def test_clips_by_the_norms_before_have_no_threshold(clip):
+    for leaf in found(optax.chain(clip, optax.adam(LR))).values():
+        assert (leaf.clip, leaf.clip_threshold) == ("unknown", None)
+
+
+def test_a_constraint_of_the_weights_is_no_clip():
+    tx = optax.chain(optax.sgd(LR), jaxreg.constrain(jaxreg.Box(-1.0, 1.0)))
+    leaves = found(tx)
+    for name in ("dense/kernel", "out"):
+        assert (leaves[name].clip, leaves[name].decay) == ("unknown", None)
+
+
 def test_a_clip_by_units_is_none_of_these():
     leaves = found(optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)))
     assert leaves["dense/kernel"].clip == leaves["out"].clip == "unknown"
@@ -184,6 +210,76 @@ def test_penalties_show():
         assert leaf.penalized
         assert leaf.penalty_threshold is None
         assert (leaf.decay_kind, leaf.decay) == ("decoupled", pytest.approx(LR * WD, rel=1e-2))
+
+
+def test_a_decay_that_rounding_hides_beside_a_penalty_is_unknown():
+    tx = jaxreg.regularize(optax.scale_by_adam(), LR, decay=1e-4, penalty=jaxreg.L1(0.01))
+    leaf = found(tx)["dense/kernel"]
+    assert leaf.penalized
+    assert (leaf.decay_kind, leaf.decay) == ("unknown", None)
+
+
+ADAM = optax.adam(LR)
+ADAMW = optax.adamw(LR, weight_decay=WD)
+HALVES = jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS)
+UNKNOWN, DECAYS = ("unknown", None), ("decoupled", LR * WD)
+DRAWN = ("toward an anchor", LR * WD)
+
+
+def after_adam(**options):
+    return optax.chain(ADAM, jaxreg.weight_decay(WD, LR, **options))
+
+
+@pytest.mark.parametrize(
+    ("tx", "kernel", "bias"),
+    [
+        (after_adam(toward="init"), DRAWN, "none"),
+        (after_adam(toward=HALVES), DRAWN, "none"),
+        (after_adam(toward=jaxreg.ema(0.9)), UNKNOWN, "none"),
+        (after_adam(gate="cautious"), ("gated", LR * WD), "none"),
+        (after_adam(gate="cautious", toward="init"), UNKNOWN, "none"),
+        (after_adam(profile="huber", delta=100.0), ("not linear", LR * WD), "none"),
+        (optax.chain(ADAM, jaxreg.hyperball(LR)), UNKNOWN, "none"),
+        (optax.chain(ADAM, jaxreg.spectral_decay(WD, LR)), UNKNOWN, "none"),
+        (jaxreg.selective_projection_decay(ADAM), UNKNOWN, "none"),
+        (optax.chain(jaxreg.ewc(WD, HALVES, HALVES), ADAM), UNKNOWN, "unknown"),
+        # Without memory it is the same as a decay of the update.
+        (
+            optax.chain(jaxreg.ewc(2 * WD, HALVES, HALVES), optax.sgd(LR)),
+            DRAWN,
+            "toward an anchor",
+        ),
+        (optax.chain(ADAM, jaxreg.constrain(jaxreg.UnitNorm())), UNKNOWN, "none"),
+        (optax.chain(ADAM, jaxreg.constrained_decay()), ("none", 0.0), "none"),
+        (jaxreg.stochastic_rounding(ADAMW, seed=0), DECAYS, "decoupled"),
+        (optax.chain(ADAMW, jaxreg.ema_of_params(0.99)), DECAYS, "decoupled"),
+        (optax.chain(ADAMW, jaxreg.lookahead(5)), DECAYS, "decoupled"),
+        (optax.chain(jaxreg.watch(), ADAMW), DECAYS, "decoupled"),
+        (optax.chain(jaxreg.centralize(), ADAMW), DECAYS, "decoupled"),
+        (optax.chain(jaxreg.gradient_noise(0.1, seed=0), ADAMW), UNKNOWN, "unknown"),
+        (optax.chain(jaxreg.gradient_noise(0.1, seed=0), optax.sgd(LR)), ("none", 0.0), "none"),
+    ],
+)
+def test_this_librarys_transformations_are_told_or_unknown(tx, kernel, bias):
+    leaves = found(tx)
+    kind, amount = kernel
+    for name in ("dense/kernel", "out"):
+        leaf = leaves[name]
+        assert (leaf.decay_kind, leaf.decay) == (kind, amount and near(amount))
+        assert (leaf.clip, leaf.penalized) == ("none", False)
+    assert leaves["dense/bias"].decay_kind == bias
+
+
+def test_an_l1_decay_makes_exact_zeros():
+    leaf = found(after_adam(profile="l1"))["dense/kernel"]
+    assert leaf.penalized
+    assert leaf.decay_kind == "none"
+
+
+def test_a_decay_below_the_rounding_of_the_weights_is_unknown_where_weights_are_rounded():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    for leaf in found(jaxreg.stochastic_rounding(ADAMW, seed=0), params).values():
+        assert (leaf.decay_kind, leaf.decay) == UNKNOWN
 
 
 def test_frozen_leaves_show():
@@ -269,6 +365,20 @@ def test_one_that_can_not_be_traced_is_tried_in_a_loop():
 
     tx = optax.GradientTransformation(lambda params: (), update)
     assert decays(tx, {"w": PARAMS["out"]}) == [("decoupled", near(0.01), None)]
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, FloatingPointError])
+def test_errors_of_the_transformation_are_its_own(kind):
+    calls = []
+
+    def update(grads, state, params=None):
+        calls.append(1)
+        raise kind("no such thing")
+
+    tx = optax.GradientTransformation(lambda params: (), update)
+    with pytest.raises(kind, match="no such thing"):
+        jaxreg.explain(tx, PARAMS)
+    assert len(calls) <= 2
 
 
 def test_extra_arguments_are_passed_on():

@@ -12,7 +12,7 @@ import numpy as np
 from jaxreg.explanation.probing import Probed, Prober
 
 TOP = 8  # scales that are tried
-POINTS, ROUNDS = 8, 3  # of the search for a threshold
+POINTS, ROUNDS = 9, 3  # of the search for a threshold
 WARM_UP = 32  # steps until those who compare with gradients before have seen some
 FAR = 300.0  # times the gradient before: a spike
 

@@ -14,7 +14,9 @@ from jaxreg.explanation.decays import Decay, Decays
 
 def find_coupled(decays: Decays, found: list[Decay], clips: list[Clip]) -> None:
     """Completes the findings of leaves whose weights went into the state."""
-    open_leaves = [i for i in decays.leaves if found[i].remembers and not found[i].penalized]
+    # Weights drawn elsewhere than to zero are no L2.
+    weights_alone = [f.remembers and not f.penalized and not f.drawn for f in found]
+    open_leaves = [i for i in decays.leaves if weights_alone[i]]
     if not open_leaves:
         return
     prober = decays.prober

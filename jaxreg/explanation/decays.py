@@ -22,6 +22,7 @@ class Decay:
     threshold: float | None = None
     still: bool = False
     remembers: bool = False
+    drawn: bool = False
 
 
 class Decays:
@@ -118,6 +119,7 @@ class Leaf:
                 self._penalized(found)
             return found
         if found.remembers:
+            found.drawn = bool(np.any(self.u("0", "zero")))
             return found  # unknown so far: the weights went into the state
         amount = self._linear()
         if amount == 0:

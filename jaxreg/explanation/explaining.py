@@ -28,11 +28,14 @@ def explain(
     It calls ``tx.init`` once and ``tx.update`` on random gradients and weights of many sizes, and
     tells what they do by how the updates change: u = F(g + l2 p) - a (p - anchor). What does not
     predict further probes is "unknown". Names of transformations play no part. Gradients are of
-    the weights' dtype. Nothing is compiled but single operations.
+    the weights' dtype. What is done to one leaf is compiled once for all leaves that are alike.
 
-    The state is that of ``init`` with its step counters set to `step` (whole numbers called
-    ``count``, ``step`` and the like): schedules are at that step, averages are at the start. A
-    transformation that then makes no update at all is "unknown" unless `step` is 0.
+    The state is a fresh one, that of ``init``, with its step counters set to `step` (whole numbers
+    called ``count``, ``step`` and the like): schedules are at that step, averages are at the start.
+    What begins only later, by what was seen until then, does not show; but clips by the norms of
+    gradients before are looked for after 32 gradients too. A transformation that makes no update at
+    all is "unknown" unless `step` is 0. A decay of weights that are rounded anew, as beside
+    penalties, shows where it is above four units of their last place.
 
     Args:
         tx: any optax transformation, usually the whole optimizer.

@@ -114,6 +114,7 @@ class Prober:
                 updates, state = self._update(grads, state, weights)
             seen_weights.append(self._sampled(weights))
             seen_updates.append(self._sampled(updates))
+            del grads, weights, updates  # before the next ones are made
         return seen_weights, seen_updates
 
     def _arguments(self, steps: Sequence[Step]) -> tuple[Any, Any, Any]:
