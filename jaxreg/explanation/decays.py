@@ -91,7 +91,7 @@ class Leaf:
 
     def __init__(self, all_of_them: Decays, out: dict, two: dict[str, Probed], i: int):
         self.out, self.two, self.i = out, two, i
-        self.second = {name: run.updates[1][i] for name, run in two.items()}
+        self.second: dict[Any, np.ndarray] = {name: run.updates[1][i] for name, run in two.items()}
         self.tol, self.eps = all_of_them.tol[i], all_of_them.eps[i]
         self.far = all_of_them.far
 
