@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxreg
+from jaxreg.explanation import running
 
 DRAW = np.random.default_rng(0)
 PARAMS = {
@@ -379,6 +380,15 @@ def test_errors_of_the_transformation_are_its_own(kind):
     with pytest.raises(kind, match="no such thing"):
         jaxreg.explain(tx, PARAMS)
     assert len(calls) <= 2
+
+
+def test_what_is_found_in_pieces_is_the_same(monkeypatch):
+    tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(2.0), ADAMW), 2)
+    whole = jaxreg.explain(tx, PARAMS)
+    monkeypatch.setattr(running, "WHOLE", 40)
+    pieces = jaxreg.explain(tx, PARAMS)
+    assert str(pieces) == str(whole)
+    assert "by global norm 2" in str(pieces)
 
 
 def test_extra_arguments_are_passed_on():
