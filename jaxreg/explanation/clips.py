@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxreg.explanation.probing import Probed, Prober
+from jaxreg.explanation.unclipped import depends_on_others, saturates
 
 TOP = 8  # scales that are tried
 POINTS, ROUNDS = 9, 3  # of the search for a threshold
@@ -73,7 +74,17 @@ class Clips:
             brackets = np.where([f.kind.startswith("by") for f in found], brackets, common)
             scales = self._threshold(brackets, clipped)
             found = self._verified(found, scales, clipped)
-        return self._relative(found)
+        return self._without(self._relative(found))
+
+    def _without(self, found: list[Clip]) -> list[Clip]:
+        """No clip only where nothing acts like one: each entry is by itself and never stops."""
+        left = [i for i in self.leaves if found[i].kind == "none"]
+        if not left:
+            return found
+        scales = [self.scales[i] for i in (0, len(self.scales) // 2, -1)]
+        acting = depends_on_others(self.prober, scales, self.tol, left)
+        acting |= saturates(self.prober, self.low, self.tol, [i for i in left if i not in acting])
+        return [Clip("unknown") if i in acting else clip for i, clip in enumerate(found)]
 
     def _kind(self, out: dict, leaf: int) -> tuple[Clip, int]:
         """The kind of clip, and the first scale of those from which on all is the same."""

@@ -210,6 +210,9 @@ class Prober:
             np.float32(10) ** (np.float32(4.5) * uniform() - np.float32(3.5)), signs()
         )
         patterns["sign"] = np.sign(patterns["r"])
+        # The halves of "r": entries of both are in each leaf, and in a leaf of one in either.
+        half = draw.integers(0, 2, size, np.int8)
+        patterns["ra"], patterns["rb"] = patterns["r"] * half, patterns["r"] * (1 - half)
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self.shapes)
         own = [] if abstract else zip(self.shapes, self.floating, strict=True)
         own = [np.asarray(leaf).ravel() for leaf, yes in own if yes]

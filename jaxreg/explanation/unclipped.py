@@ -1,0 +1,82 @@
+"""That there is no clip: updates of entries that know only their own gradient, and never stop.
+
+A clip by a norm shows in entries whose own gradient stays, while that of others grows; a clip by
+value in updates that follow the gradient up to some point and then stay exactly what they are.
+"""
+
+import numpy as np
+
+from jaxreg.explanation.probing import Prober, Sequences
+
+OTHERS = 32.0  # times the gradient of the other entries
+SHARP = 0.05  # a relative change that stops from one scale to the next
+
+
+def depends_on_others(
+    prober: Prober, scales: list[float], tol: list[float], leaves: list[int]
+) -> set[int]:
+    """Leaves where updates of some entries change with the gradients of others."""
+    own, runs = {"own": 1.0}, {}
+    for s in scales:
+        for name, a, b in [("both", 1.0, 1.0), ("ra", 1.0, OTHERS), ("rb", OTHERS, 1.0)]:
+            grads = [{"ra": f * a * s, "rb": f * b * s} for f in (1.0, -0.5)]
+            runs[name, s] = [(g, own) for g in grads]
+    out = prober.run(runs)
+    kept = {name: prober.each(name) for name in ("ra", "rb")}
+    found = set()
+    for i in leaves:
+        for (name, s), run in out.items():
+            if name == "both":
+                continue
+            mine = kept[name][i][prober.chosen[i]] != 0
+            for x, y in zip(out["both", s].updates, run.updates, strict=True):
+                mask = np.resize(mine, x[i].shape)
+                a, b = x[i][mask], y[i][mask]
+                size = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
+                if not np.all(np.abs(a - b) <= tol[i] * size):
+                    found.add(i)
+    return found
+
+
+def saturates(prober: Prober, low: float, tol: list[float], leaves: list[int]) -> set[int]:
+    """Leaves where updates follow the gradient and then, from some size on, all at once do not.
+
+    What saturates by itself, as an epsilon does, comes to its end little by little; signs jump.
+    """
+    if not leaves:
+        return set()
+    own = {"own": 1.0}
+    half = low > 1e-5
+    # Down to where Adam's epsilon is larger than any gradient, for the clips after it.
+    scales = low * 10.0 ** (np.arange(6) if half else np.arange(-10, 6))
+    rising: Sequences = {i: [({"r": s}, own)] for i, s in enumerate(scales)}
+    first = prober.run(rising)
+    far = 4.0 if any(t > 1e-3 for t in tol) else 64.0
+    turns = np.concatenate([np.linspace(-2, 0, 11), np.geomspace(1 / 4, far, 8)])
+    turns = np.sort(np.concatenate([turns, -np.geomspace(3, far, 5)]))
+    # A first gradient, and one along it or against it, of another size.
+    second = prober.run({i: [({"r": 1.0}, own), ({"r": x}, own)] for i, x in enumerate(turns)})
+    return {
+        i
+        for i in leaves
+        if _stops(np.stack([first[k].updates[0][i] for k in range(len(scales))]), tol[i])
+        or _is_flat_and_slanted(np.stack([second[k].updates[1][i] for k in range(len(turns))]))
+    }
+
+
+def _stops(u: np.ndarray, tol: float) -> bool:
+    """Whether an entry's update changes much to the next scale, and from there on not at all."""
+    size = np.maximum(np.abs(u).max(axis=0), 1e-300)
+    change = np.abs(np.diff(u, axis=0)) / size
+    large = change[:-1] > SHARP
+    after = np.maximum.accumulate(change[::-1], axis=0)[::-1][1:]
+    return bool(np.any(large & (after <= tol) & (np.abs(u[:-2]) > 0)))
+
+
+def _is_flat_and_slanted(u: np.ndarray) -> bool:
+    """Whether an entry's update has three equal values in a row, and three others or more."""
+    flat = (u[1:-1] == u[:-2]) & (u[1:-1] == u[2:])
+    for entry, some in zip(u.T, flat.T, strict=True):
+        if some.any() and len(np.unique(entry)) > 3:
+            return True
+    return False
