@@ -15,6 +15,7 @@ from jaxreg.explanation.unclipped import depends_on_others, saturates
 TOP = 8  # scales that are tried
 POINTS, ROUNDS = 9, 3  # of the search for a threshold
 WARM_UP = 32  # steps until those who compare with gradients before have seen some
+MEASURED = 1e-3  # how exact thresholds are, relative
 FAR = 300.0  # times the gradient before: a spike
 
 
@@ -28,6 +29,12 @@ class Clip(NamedTuple):
 def tolerance(dtype: str) -> float:
     """The rounding errors that a few operations in a dtype make, relative."""
     return {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}.get(dtype, 64 * 2.0**-23)
+
+
+def _rounded(threshold: float) -> float:
+    """The number of two digits that a threshold agrees with, as exactly as it was measured."""
+    near = float(f"{threshold:.1e}")
+    return near if abs(threshold - near) <= MEASURED * near else threshold
 
 
 class Clips:
@@ -164,19 +171,23 @@ class Clips:
                 base = common if whole else self.low
                 below[i], above[i] = np.array([0.95, 1.05]) * base * factors[i]
         # Other weights too: a constraint on the weights bounds the update by them.
-        moved = {"own": 1.0, "q": 8.0 * np.array(prober.scales)}
-        second = ({"r2": np.array(at)}, moved)
+        others = [{"own": 1.0, "q": 8.0 * np.array(prober.scales)}, {"own": 2.0}]
         out = prober.run(
             {
-                name: [({"q2": s}, moved), second]
+                (name, k): [({"q2": s}, moved), ({"r2": np.array(at)}, moved)]
                 for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
+                for k, moved in enumerate(others)
             }
         )
         checked = list(found)
         for i in clipped:
-            acts = self._distance(out["above"], out["far"], i) <= 4 * self.tol[i]
-            if acts and self._share_moved(out["below"], out["far"], i) >= 0.9:
-                checked[i] = Clip(found[i].kind, float(limits[i]))
+            good = all(
+                self._distance(out["above", k], out["far", k], i) <= 4 * self.tol[i]
+                and self._share_moved(out["below", k], out["far", k], i) >= 0.9
+                for k in range(len(others))
+            )
+            if good:
+                checked[i] = Clip(found[i].kind, _rounded(float(limits[i])))
             else:
                 checked[i] = Clip("none" if i in self.smooth else "unknown")
         return checked

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxreg.explanation.clips import tolerance
 from jaxreg.explanation.probing import Probed, Prober, Sequences
+from jaxreg.explanation.zeros import find_zeros
 
 FAR = 1000.0  # weights at which a decay is well seen beside the step
 
@@ -80,10 +81,21 @@ class Decays:
                 "other": [({"r2": low}, q), ({"r2": low}, q)],
             }
         )
-        return [
-            Leaf(self, out, two, i).find() if i in set(self.leaves) else Decay()
+        leaves = set(self.leaves)
+        found = [
+            Leaf(self, out, two, i).find() if i in leaves else Decay()
             for i in range(len(self.prober.shapes))
         ]
+        # Beside a pull elsewhere than to zero, weights that become zero are not small ones.
+        base = out["0", "zero"].updates[0]
+        drawn = [i for i in self.leaves if found[i].penalized is False and np.any(base[i])]
+        if drawn:
+            zeroed = find_zeros(self.prober, self.unit)
+            for i in drawn:
+                found[i].penalized = zeroed[i]
+                if zeroed[i] is not False:
+                    found[i].amount, found[i].kind = None, "unknown"
+        return found
 
 
 class Leaf:
@@ -274,8 +286,9 @@ class Leaf:
             return
         if abs(decay) > rounding:
             found.amount, found.kind = decay, "decoupled"
-        elif abs(decay) <= self.eps / 4:  # no new weight would show it
-            found.amount, found.kind, decay = 0.0, "none", 0.0
+        elif abs(decay) <= self.eps / 4:
+            # A smaller decay, or a part of the penalty that is one, is rounded away with it.
+            decay = 0.0
         else:
             return
         p = np.concatenate([self.w(n) for n in ("q", "minus", "spread", "own")])

@@ -11,7 +11,7 @@ from jaxreg import _check, where
 from jaxreg.explanation.clips import Clip, Clips
 from jaxreg.explanation.coupled import find_coupled
 from jaxreg.explanation.decays import Decay, Decays
-from jaxreg.explanation.probing import Prober
+from jaxreg.explanation.probing import Prober, Sequences
 from jaxreg.explanation.records import Explanation, LeafExplanation, describe_change
 
 
@@ -30,12 +30,22 @@ def explain(
     predict further probes is "unknown". Names of transformations play no part. Gradients are of
     the weights' dtype. What is done to one leaf is compiled once for all leaves that are alike.
 
+    A clip is "none" only where updates of each entry are seen to depend on its own gradient alone,
+    and nowhere to stop following it. So optimizers that divide by norms (LAMB, Muon) are
+    "unknown": a clip of what comes out of them would not show.
+
     The state is a fresh one, that of ``init``, with its step counters set to `step` (whole numbers
     called ``count``, ``step`` and the like): schedules are at that step, averages are at the start.
     What begins only later, by what was seen until then, does not show; but clips by the norms of
     gradients before are looked for after 32 gradients too. A transformation that makes no update at
-    all is "unknown" unless `step` is 0. A decay of weights that are rounded anew, as beside
-    penalties, shows where it is above four units of their last place.
+    all is "unknown" unless `step` is 0. Where something acts 1,000 steps later that does not at
+    `step`, as after a warm-up from 0, the notes say so. A decay of weights that are rounded anew,
+    as beside penalties, shows where it is above four units of their last place; else it is
+    "unknown", as it is for a decay that makes weights zero.
+
+    In the table a leaf "bias +1" stands for itself and one more leaf, next to it, with the same
+    findings. A decay that is "not linear" has no one amount: what is shown is the amount for
+    weights of the present ones' size.
 
     Args:
         tx: any optax transformation, usually the whole optimizer.
@@ -75,7 +85,7 @@ def explain(
     decays = Decays(prober)
     found = decays.find()
     find_coupled(decays, found, clips)
-    frozen = _frozen(prober, decays, found, step)
+    frozen, acts_at = _later(prober, decays, found, step)
     changed = [
         describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
     ]
@@ -101,6 +111,8 @@ def explain(
                 penalized=decay.penalized,
                 penalty_threshold=decay.threshold,
                 frozen=frozen[i],
+                still=decay.still and not frozen[i],
+                acts_at=acts_at[i],
                 lost=_lost(leaf.dtype, own_weights[i], decay.amount) if floating[i] else None,
                 dtypes=tuple(own),
             )
@@ -119,17 +131,27 @@ def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
     )
 
 
-def _frozen(prober: Prober, decays: Decays, found: list[Decay], step: int) -> list[bool]:
-    """Leaves without an update at other steps too."""
+def _later(
+    prober: Prober, decays: Decays, found: list[Decay], step: int
+) -> tuple[list[bool], list[int | None]]:
+    """Leaves without an update at other steps too, and steps where more acts than at this one."""
+    q = decays.weights(q=1.0)
+    runs: Sequences = {"step": [({"r": 1.0}, q)], "decay": [({}, q)]}
+    here = {name: run.updates[0] for name, run in prober.run(runs).items()}
     frozen = [decay.still for decay in found]
-    if not any(frozen):
-        return frozen
-    for other in {0, step + 1, step + 100, 10_000} - {step}:
+    acts_at: list[int | None] = [None] * len(found)
+    for other in dict.fromkeys([step + 1000, step + 100, step + 1, 10_000, 0]):
+        if other == step or (other != step + 1000 and not any(frozen)):
+            continue
         prober.set_step(other)
-        out = prober.run({"r": [({"r": 1.0}, decays.weights(q=1.0))]})["r"].updates[0]
-        frozen = [yes and not np.any(out[i]) for i, yes in enumerate(frozen)]
+        there = {name: run.updates[0] for name, run in prober.run(runs).items()}
+        for i, yes in enumerate(frozen):
+            acts = any(np.any(there[n][i]) and not np.any(here[n][i]) for n in runs)
+            if acts and acts_at[i] is None:
+                acts_at[i] = other
+            frozen[i] = yes and not acts
     prober.set_step(step)
-    return frozen
+    return frozen, acts_at
 
 
 def _lost(dtype: Any, own: np.ndarray, amount: float | None) -> bool | None:

@@ -18,7 +18,7 @@ class LeafExplanation:
         decay: a in update = ... - a (p - anchor), at this step; 0.0 for no decay.
         decay_kind: "none"; "decoupled"; "coupled" (in the gradient: then see `l2`); "toward an
             anchor"; "gated" (only where the update makes the weight smaller); "not linear" (then
-            `decay` is the amount for the weights' own size); or "unknown". Coupled and decoupled
+            `decay` is the amount at these weights' scale); or "unknown". Coupled and decoupled
             are the same thing where the direction has no memory, and are "decoupled" then.
         l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found.
         clip: "none"; "by value"; "by leaf norm"; "by global norm", of all leaves (in a tree of
@@ -28,6 +28,9 @@ class LeafExplanation:
         penalty_threshold: the weights up to which they do, where it is a soft threshold that does
             not depend on the gradient.
         frozen: whether there is no update for any gradient, weights and step that were tried.
+        still: whether there is no update at this step, but at another one.
+        acts_at: a step at which there is an update, or one of weights alone, that is not there
+            at this step; None where none was found.
         lost: whether the decay of most of the weights is below half a unit in their last place.
         dtypes: what does not keep its dtype: the updates, parts of the state.
     """
@@ -43,6 +46,8 @@ class LeafExplanation:
     penalized: bool | None
     penalty_threshold: float | None
     frozen: bool
+    still: bool
+    acts_at: int | None
     lost: bool | None
     dtypes: tuple[str, ...]
 
@@ -60,6 +65,9 @@ class LeafExplanation:
         if self.penalty_threshold is not None:
             penalty = f"zero up to {self.penalty_threshold:.3g}"
         notes = ["decay is lost"] if self.lost else []
+        if self.acts_at is not None:
+            no = "no step is taken at this step: try step=" if self.still else "more acts at step "
+            notes.append(f"{no}{self.acts_at}")
         notes += [f"{len(self.dtypes)} dtypes change"] if self.dtypes else []
         return decay, self.clip + at, penalty, ", ".join(notes)
 

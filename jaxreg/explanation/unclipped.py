@@ -65,12 +65,15 @@ def saturates(prober: Prober, low: float, tol: list[float], leaves: list[int]) -
 
 
 def _stops(u: np.ndarray, tol: float) -> bool:
-    """Whether an entry's update changes much to the next scale, and from there on not at all."""
+    """Whether an entry's update rises, much in the end, and from the next scale on not at all.
+
+    One that only jumps, as the sign of a sum does, does not rise before.
+    """
     size = np.maximum(np.abs(u).max(axis=0), 1e-300)
     change = np.abs(np.diff(u, axis=0)) / size
-    large = change[:-1] > SHARP
-    after = np.maximum.accumulate(change[::-1], axis=0)[::-1][1:]
-    return bool(np.any(large & (after <= tol) & (np.abs(u[:-2]) > 0)))
+    after = np.maximum.accumulate(change[::-1], axis=0)[::-1]
+    rises = (change[:-2] > SHARP / 10) & (change[1:-1] > SHARP)
+    return bool(np.any(rises & (after[2:] <= tol)))
 
 
 def _is_flat_and_slanted(u: np.ndarray) -> bool:
