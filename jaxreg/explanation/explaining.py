@@ -85,7 +85,7 @@ def explain(
     decays = Decays(prober)
     found = decays.find()
     find_coupled(decays, found, clips)
-    frozen, acts_at = _later(prober, decays, found, step)
+    frozen, idle, acts_at = _later(prober, decays, found, step)
     changed = [
         describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
     ]
@@ -96,6 +96,8 @@ def explain(
             clip = Clip("none" if frozen[i] else "unknown")
             if step and not frozen[i]:
                 decay = Decay()
+        elif idle[i] and clip.kind == "none":
+            clip = Clip("unknown")
         own = [f"updates are {updates[i]}"] if updates[i] != str(leaf.dtype) else []
         own += [text for text in changed if path and f"/{path} is " in f"/{text}"]
         records.append(
@@ -111,7 +113,7 @@ def explain(
                 penalized=decay.penalized,
                 penalty_threshold=decay.threshold,
                 frozen=frozen[i],
-                still=decay.still and not frozen[i],
+                still=idle[i],
                 acts_at=acts_at[i],
                 lost=_lost(leaf.dtype, own_weights[i], decay.amount) if floating[i] else None,
                 dtypes=tuple(own),
@@ -133,15 +135,20 @@ def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
 
 def _later(
     prober: Prober, decays: Decays, found: list[Decay], step: int
-) -> tuple[list[bool], list[int | None]]:
-    """Leaves without an update at other steps too, and steps where more acts than at this one."""
+) -> tuple[list[bool], list[bool], list[int | None]]:
+    """Leaves without an update at any step, at this one only, and steps where more acts."""
     q = decays.weights(q=1.0)
     runs: Sequences = {"step": [({"r": 1.0}, q)], "decay": [({}, q)]}
     here = {name: run.updates[0] for name, run in prober.run(runs).items()}
     frozen = [decay.still for decay in found]
+    idle = [
+        floats and not any(np.any(here[name][i]) for name in runs)
+        for i, floats in enumerate(prober.floating)
+    ]
     acts_at: list[int | None] = [None] * len(found)
     for other in dict.fromkeys([step + 1000, step + 100, step + 1, 10_000, 0]):
-        if other == step or (other != step + 1000 and not any(frozen)):
+        waits = any(yes and acts_at[i] is None for i, yes in enumerate(idle))
+        if other == step or (other != step + 1000 and not waits):
             continue
         prober.set_step(other)
         there = {name: run.updates[0] for name, run in prober.run(runs).items()}
@@ -151,7 +158,8 @@ def _later(
                 acts_at[i] = other
             frozen[i] = yes and not acts
     prober.set_step(step)
-    return frozen, acts_at
+    idle = [yes and at is not None for yes, at in zip(idle, acts_at, strict=True)]
+    return frozen, idle, acts_at
 
 
 def _lost(dtype: Any, own: np.ndarray, amount: float | None) -> bool | None:

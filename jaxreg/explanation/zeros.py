@@ -1,4 +1,4 @@
-"""Exact zeros of weights that are drawn elsewhere: which old weights become zero is searched for."""
+"""Exact zeros of weights that are drawn elsewhere: a search for the old ones."""
 
 import numpy as np
 
