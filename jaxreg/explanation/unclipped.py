@@ -51,12 +51,13 @@ def saturates(prober: Prober, low: float, tol: list[float], leaves: list[int]) -
     if not leaves:
         return set()
     own = {"own": 1.0}
-    half = low > 1e-5
+    coarse = any(t > 1e-3 for t in tol)  # so few digits need smaller steps
     # Down to where Adam's epsilon is larger than any gradient, for the clips after it.
-    scales = low * 10.0 ** (np.arange(6) if half else np.arange(-10, 6))
+    first_power, last_power = (0, 5) if low > 1e-5 else (-10, 12)
+    scales = low * 10.0 ** np.arange(first_power, last_power + 1, 0.5 if coarse else 1.0)
     rising: Sequences = {i: [({"r": s}, own)] for i, s in enumerate(scales)}
     first = prober.run(rising)
-    far = 4.0 if any(t > 1e-3 for t in tol) else 64.0
+    far = 4.0 if coarse else 64.0
     turns = np.concatenate([np.linspace(-2, 0, 11), np.geomspace(1 / 4, far, 8)])
     turns = np.sort(np.concatenate([turns, -np.geomspace(3, far, 5)]))
     # A first gradient, and one along it or against it, of another size.
@@ -65,7 +66,9 @@ def saturates(prober: Prober, low: float, tol: list[float], leaves: list[int]) -
         i
         for i in leaves
         if _stops(np.stack([first[k].updates[0][i] for k in range(len(scales))]), tol[i])
-        or _is_flat_and_slanted(np.stack([second[k].updates[1][i] for k in range(len(turns))]))
+        or _is_flat_and_slanted(
+            np.stack([second[k].updates[1][i] for k in range(len(turns))]), 5 if coarse else 3
+        )
     }
 
 
@@ -78,12 +81,13 @@ def _stops(u: np.ndarray, tol: float) -> bool:
     change = np.abs(np.diff(u, axis=0)) / size
     after = np.maximum.accumulate(change[::-1], axis=0)[::-1]
     rises = (change[:-2] > SHARP / 10) & (change[1:-1] > SHARP)
-    return bool(np.any(rises & (after[2:] <= tol)))
+    return bool(np.any(rises & (after[2:] <= (tol if tol < 1e-3 else 0.0))))
 
 
-def _is_flat_and_slanted(u: np.ndarray) -> bool:
-    """Whether an entry's update has three equal values in a row, and three others or more."""
-    flat = (u[1:-1] == u[:-2]) & (u[1:-1] == u[2:])
+def _is_flat_and_slanted(u: np.ndarray, length: int) -> bool:
+    """Whether an entry's update has `length` equal values in a row, and three others or more."""
+    rows = np.lib.stride_tricks.sliding_window_view(u, length, axis=0)
+    flat = np.ptp(rows, axis=-1) == 0
     for entry, some in zip(u.T, flat.T, strict=True):
         if some.any() and len(np.unique(entry)) > 3:
             return True
