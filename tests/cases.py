@@ -15,6 +15,7 @@ import jaxreg
 # Exported names that are no regularizers: what they are made of, or work with.
 OTHER_NAMES = {
     "ArgumentError",
+    "Explanation",
     "Compressed",
     "Penalty",
     "__version__",
@@ -22,6 +23,7 @@ OTHER_NAMES = {
     "certificate",
     "compress",
     "ema",
+    "explain",
     "decay_from_timescale",
     "global_norm",
     "groups",
