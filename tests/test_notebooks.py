@@ -22,6 +22,7 @@ def test_there_are_notebooks() -> None:
 @each_notebook
 def test_runs_in_quick_mode(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXREG_QUICK", "1")
+    monkeypatch.setenv("XLA_FLAGS", "")  # they train: their code is worth optimizing
     notebook = nbformat.read(path, as_version=4)
     # Without folders to search for kernels, "python3" is the interpreter that runs this test.
     kernels = AsyncKernelManager(
