@@ -10,7 +10,8 @@ import optax
 import pytest
 from errors import message
 from flax import linen, nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
+from sharded import check_same_where_sharded
 
 import jaxreg
 
@@ -304,16 +305,7 @@ def test_the_noise_is_the_same_after_a_restart_and_beside_other_leaves():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_noise_of_sharded_gradients_is_the_same(kind):
-    g = jnp.zeros((16, 8))
-    expected = jax.jit(noise)(g)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    sharding = NamedSharding(mesh, P("x", "y"))
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(noise, out_shardings=sharding).lower(jax.device_put(g, sharding))
-        compiled = compiled.compile()
-        found = compiled(jax.device_put(g, sharding))
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-    assert "f32[16,8]" not in compiled.as_text()  # each device draws its own piece
+    check_same_where_sharded(noise, jnp.zeros((16, 8)), kind, "f32[16,8]")
 
 
 def test_noise_keeps_the_dtype_and_the_leaves_that_are_left_out():

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 from errors import message
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
+from sharded import check_same_where_sharded
 
 import jaxreg
 from jaxreg.transforms import rounding
@@ -176,15 +177,7 @@ def test_the_bits_are_those_of_the_seed_the_step_and_the_path():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_sharded_weights_are_rounded_alike(kind):
     w = jnp.asarray(RNG.normal(size=(16, 8)), jnp.bfloat16)
-    expected = jax.jit(rounded)(w)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(rounded, out_shardings=sharding).lower(jax.device_put(w, sharding))
-        compiled = compiled.compile()
-        found = compiled(jax.device_put(w, sharding))
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-    assert "u16[16,8]" not in compiled.as_text()  # each device draws its own piece
+    check_same_where_sharded(rounded, w, kind, "u16[16,8]")
 
 
 # Use ---------------------------------------------------------------------------------------------
