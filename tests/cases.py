@@ -50,6 +50,8 @@ class Case:
     """A strength that is a whole number."""
     holds_optax: bool = dataclasses.field(kw_only=True, default=False)
     """Whether it calls functions of optax, which break under strict promotion."""
+    float32_accuracy: float = dataclasses.field(kw_only=True, default=1e-6)
+    """Of float32 against float64, to the larger of 1 and the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,7 +567,15 @@ CASES: list[Case] = [
         has_address=True,
         collectives=5,
     ),
-    _transform("spectral_cap", jaxreg.spectral_cap, collectives=19, accuracy=1e-5),
+    _transform(
+        "spectral_cap",
+        jaxreg.spectral_cap,
+        collectives=19,
+        accuracy=1e-5,
+        # 48 products of matrices whose entries are up to 1.3 round one after the other; the order
+        # of the sums, and so the error (0.7e-6 to 1.6e-6 seen), is XLA's.
+        float32_accuracy=4e-6,
+    ),
     _transform("constrain", lambda s: jaxreg.constrain(jaxreg.LInfBall(s))),
     _transform(
         "weight_decay",

@@ -1,6 +1,6 @@
 """Decay toward weights that were there before: of a pretrained model, or of earlier tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import where as _where
 from jaxreg.norms import AxisNames, summed
-from jaxreg.transforms.selected import moved, numbers, real_leaves, spread
+from jaxreg.transforms.selected import copies, moved, numbers, real_leaves
 
 Number = float | jax.Array
 PyTree = Any
@@ -20,11 +20,11 @@ class SelectiveProjectionState(NamedTuple):
     """State of `selective_projection_decay`.
 
     Attributes:
-        anchor: copies of the weights that the leaves chosen are drawn to.
+        anchor: copies of the weights that the leaves chosen are drawn to, one for each of these.
         inner: the optimizer's state.
     """
 
-    anchor: Any
+    anchor: tuple[jax.Array, ...]
     inner: Any
 
 
@@ -88,7 +88,7 @@ def selective_projection_decay(
         from_init = isinstance(toward, str)
         leaves = jax.tree.leaves(params)
         anchor = leaves if from_init else _tree.leaves_like("toward", toward, params)
-        return SelectiveProjectionState(_copied(selector, params, anchor), inner.init(params))
+        return SelectiveProjectionState(copies(selector, params, anchor), inner.init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -99,7 +99,7 @@ def selective_projection_decay(
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
         chosen = numbers(selector, params)
-        anchors = [_tree.widen(p0) for p0 in jax.tree.leaves(state.anchor)]
+        anchors = [_tree.widen(p0) for p0 in state.anchor]
         pairs = [*zip(chosen, anchors, strict=True)]
         ways = [_tree.widen(leaves[i]) - p0 for i, p0 in pairs]
         aways = [moved(leaves[i], moves[i]) - p0 for i, p0 in pairs]
@@ -122,15 +122,15 @@ def selective_projection_decay(
 
 
 class EwcState(NamedTuple):
-    """State of `ewc`: copies for the leaves chosen.
+    """State of `ewc`: copies, one for each leaf chosen.
 
     Attributes:
         anchor: the weights that the leaves are drawn to.
         fisher: how strongly.
     """
 
-    anchor: Any
-    fisher: Any
+    anchor: tuple[jax.Array, ...]
+    fisher: tuple[jax.Array, ...]
 
 
 def ewc(
@@ -182,7 +182,7 @@ def ewc(
         real_leaves(selector, params)
         given = {"anchor": anchor, "fisher": fisher}
         trees = (_tree.leaves_like(name, tree, params) for name, tree in given.items())
-        return EwcState(*(_copied(selector, params, leaves) for leaves in trees))
+        return EwcState(*(copies(selector, params, leaves) for leaves in trees))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -190,7 +190,7 @@ def ewc(
         params = _check.params_given(params)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
-        kept = zip(jax.tree.leaves(state.anchor), jax.tree.leaves(state.fisher), strict=True)
+        kept = zip(state.anchor, state.fisher, strict=True)
         for i, (p0, f) in zip(numbers(selector, params), kept, strict=True):
             dtype = _tree.wide_dtype(moves[i].dtype)
             factor = jnp.asarray(strength).astype(dtype) * f.astype(dtype)
@@ -258,11 +258,6 @@ def diagonal_fisher(
     if rest:
         total, _ = add(total, jax.tree.map(lambda x: x[whole * part :], examples))
     return jax.tree.map(lambda t: t / size, total)
-
-
-def _copied(selector: _where.Selector, params: PyTree, leaves: Sequence[jax.Array]) -> PyTree:
-    """Copies of leaves where params are chosen: params may be donated, and changed."""
-    return spread(selector, params, [jnp.copy(leaves[i]) for i in numbers(selector, params)])
 
 
 def _square(x: jax.Array) -> jax.Array:

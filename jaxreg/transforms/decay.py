@@ -26,7 +26,7 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.transforms.selected import at, floating_leaves, numbers, rate_of, spread, stepped
+from jaxreg.transforms.selected import at, copies, floating_leaves, numbers, rate_of, stepped
 
 Number = float | jax.Array
 Gate = Literal["all", "cautious"]
@@ -51,7 +51,7 @@ class ema:
         >>> tx = jaxreg.weight_decay(0.5, rate=1.0, toward=jaxreg.ema(0.9))
         >>> state = tx.init(jnp.zeros((1, 1)))
         >>> updates, state = tx.update(jnp.zeros((1, 1)), state, jnp.ones((1, 1)))
-        >>> round(float(updates[0, 0]), 6), round(float(state.anchor[0, 0]), 6)
+        >>> round(float(updates[0, 0]), 6), round(state.anchor[0].item(), 6)
         (-0.45, 0.1)
     """
 
@@ -67,12 +67,12 @@ class DecayState(NamedTuple):
     Attributes:
         count: steps taken, int32: what schedules are called with.
         amount: rate * strength of the last step, float32 (float64 for 64-bit parameters).
-        anchor: what the decayed leaves are drawn to, `optax.MaskedNode` for the others; () for 0.
+        anchor: what each decayed leaf is drawn to, in their order; () for 0.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     amount: jax.Array
-    anchor: Any = ()
+    anchor: tuple[jax.Array, ...] = ()
 
 
 class L2State(NamedTuple):
@@ -185,15 +185,15 @@ def weight_decay(
         moves, treedef = jax.tree.flatten(updates)
         leaves = treedef.flatten_up_to(params)
         chosen = numbers(selector, params)
-        anchors, anchored = jax.tree.flatten(state.anchor)
+        anchors = state.anchor
         if isinstance(toward, ema):
             # Before the step: one that needs the last average would have XLA keep a copy of it.
             pairs = zip(anchors, (leaves[i] for i in chosen), strict=True)
-            anchors = [_followed(a, p, toward.decay) for a, p in pairs]
+            anchors = tuple(_followed(a, p, toward.decay) for a, p in pairs)
         for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
             moves[i] = decayed(moves[i], leaves[i], anchor)
         amount = jnp.prod(jnp.stack([f.astype(state.amount.dtype) for f in factors]))
-        after = DecayState(stepped(state.count), amount, anchored.unflatten(anchors))
+        after = DecayState(stepped(state.count), amount, anchors)
         return treedef.unflatten(moves), after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -281,17 +281,16 @@ def _moves_away(move: jax.Array, away: jax.Array) -> jax.Array:
     return jnp.real(jnp.conj(jnp.sign(move)) * away) > 0
 
 
-def _anchor(toward: Any, params: Any, selector: _where.Selector) -> Any:
+def _anchor(toward: Any, params: Any, selector: _where.Selector) -> tuple[jax.Array, ...]:
     """What the state holds before the first step: copies, as parameters and states are donated."""
     if toward is None:
         return ()
     leaves = jax.tree.leaves(params)
     if not isinstance(toward, (str, ema)):
         leaves = _tree.leaves_like("toward", toward, params)
-    chosen = [leaves[i] for i in numbers(selector, params)]
+    anchors = copies(selector, params, leaves)
     # An average in 16 bits would soon stand still.
-    copies = _tree.wide_copy(chosen) if isinstance(toward, ema) else jax.tree.map(jnp.copy, chosen)
-    return spread(selector, params, copies)
+    return tuple(map(_tree.widen, anchors)) if isinstance(toward, ema) else anchors
 
 
 def _followed(average: jax.Array, p: jax.Array, decay: Number) -> jax.Array:

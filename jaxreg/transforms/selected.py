@@ -29,7 +29,7 @@ def floating_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
     Raises:
         ValueError: where the selector matches no leaf, or one that is no floating array.
     """
-    chosen = jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
+    chosen = _only(selector, params)
     _tree.check_floating("params", chosen)
     return jax.tree.leaves(chosen)
 
@@ -37,16 +37,24 @@ def floating_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
 def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
     """The same, where complex leaves are refused, too."""
     chosen = floating_leaves(selector, params)
-    _tree.check_real("params", spread(selector, params, chosen))
+    _tree.check_real("params", _only(selector, params))
     return chosen
 
 
-def spread(selector: _where.Selector, params: Any, values: Sequence[Any]) -> Any:
-    """A tree with one value for each leaf chosen, and ``optax.MaskedNode`` elsewhere."""
-    filled: list[Any] = [optax.MaskedNode()] * jax.tree.structure(params).num_leaves
-    for i, value in zip(numbers(selector, params), values, strict=True):
-        filled[i] = value
-    return jax.tree.unflatten(jax.tree.structure(params), filled)
+def copies(
+    selector: _where.Selector, params: Any, leaves: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Copies of leaves where params are chosen: params may be donated, and changed.
+
+    As a tuple, which the state of any Flax optimizer can hold: an older ``nnx.Optimizer`` takes
+    each variable of a tree like params for an array.
+    """
+    return tuple(jnp.copy(leaves[i]) for i in numbers(selector, params))
+
+
+def _only(selector: _where.Selector, params: Any) -> Any:
+    """The tree with the leaves chosen alone."""
+    return jax.tree.map(lambda p, yes: p if yes else None, params, selector.mask(params))
 
 
 def rate_of(

@@ -23,7 +23,6 @@ from jaxreg.transforms.selected import (
     numbers,
     rate_of,
     real_leaves,
-    spread,
     stepped,
 )
 
@@ -35,12 +34,12 @@ class SpectralDecayState(NamedTuple):
 
     Attributes:
         count: steps taken, an int32 scalar.
-        right: a tree like params: for each leaf chosen the right singular vectors of its matrices'
-            largest singular values, as far as the iteration has come.
+        right: for each leaf chosen the right singular vectors of its matrices' largest singular
+            values, as far as the iteration has come.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    right: Any
+    right: tuple[jax.Array, ...]
 
 
 def spectral_decay(
@@ -95,8 +94,8 @@ def spectral_decay(
     def init(params: optax.Params) -> SpectralDecayState:
         leaves, paths = _matrices(selector, params), _where.paths(params)
         named = zip(leaves, numbers(selector, params), strict=True)
-        starts = [_start(paths[i], p) for p, i in named]
-        return SpectralDecayState(jnp.zeros((), jnp.int32), spread(selector, params, starts))
+        starts = tuple(_start(paths[i], p) for p, i in named)
+        return SpectralDecayState(jnp.zeros((), jnp.int32), starts)
 
     def update(
         updates: optax.Updates,
@@ -111,7 +110,7 @@ def spectral_decay(
         factors = rate_of(rate, learning_rate, state.count), at(strength, state.count)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
-        rights = jax.tree.leaves(state.right)
+        rights = list(state.right)
         for k, i in enumerate(numbers(selector, params)):
             w = _tree.widen(leaves[i])
             leading = functools.partial(_leading, iterations)
@@ -122,8 +121,7 @@ def spectral_decay(
             dtype = _tree.wide_dtype(moves[i].dtype)
             step = moves[i].astype(dtype) - (factor * component).astype(dtype)
             moves[i] = step.astype(moves[i].dtype)
-        right = spread(selector, params, rights)
-        return treedef.unflatten(moves), SpectralDecayState(stepped(state.count), right)
+        return treedef.unflatten(moves), SpectralDecayState(stepped(state.count), tuple(rights))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
