@@ -4,92 +4,104 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxreg import _check, _tree
+from jaxreg.losses.rows import Layout, index_loss, soft_loss
+from jaxreg.losses.targets import (
+    Number,
+    Options,
+    Reduction,
+    Spread,
+    class_labels,
+    classes_of,
+    index_targets,
+    reduced,
+    soft_targets,
+)
 
 
 def smoothed_cross_entropy(
-    logits: jax.Array, labels: jax.Array, smoothing: float | jax.Array = 0.1
+    logits: jax.Array,
+    labels: jax.Array,
+    smoothing: Number = 0.1,
+    *,
+    z_loss: Number = 0.0,
+    soft_cap: Number | None = None,
+    ignore_index: int | None = None,
+    class_weights: Any = None,
+    where: Any = None,
+    axis: int = -1,
+    spread: Spread = "uniform",
+    reduction: Reduction = "none",
 ) -> jax.Array:
     r"""Cross-entropy against labels mixed with the uniform distribution over K classes.
 
-    With q the labels' distribution and e the smoothing, $L = -\sum_k ((1 - e) q_k + e / K) \log
-    p_k$, where p = softmax(logits). As ``torch.nn.CrossEntropyLoss(label_smoothing=e)``. Labels
-    q that sum to another number than 1 are taken as they are: without smoothing a row of zeros
-    costs nothing. No one-hot array is made for integer labels; sums are in float32 at least, and
-    the row's maximum is taken off first, so that a shift of the logits changes nothing but
-    rounding.
+    With q the labels' distribution, e the smoothing, w the classes' weights and p the softmax,
+
+    $$L = -\sum_k w_k \left((1 - e) q_k + \frac{e}{K}\right) \log p_k + z \log^2 \sum_k \exp x_k.$$
+
+    As ``torch.nn.CrossEntropyLoss(weight, ignore_index=..., label_smoothing=e)``. Labels q that sum
+    to another number than 1 are taken as they are: without smoothing a row of zeros costs nothing.
+    No one-hot array is made for integer labels. Sums are in float32 at least; a shift of the logits
+    changes nothing but rounding, and a confident prediction keeps the digits of its loss and
+    gradient. Differentiable in every argument that is a number, to any order.
 
     Args:
-        logits: unnormalized log-probabilities, shape (..., K), real floating.
-        labels: class indices, integers of shape (...), or probabilities of shape (..., K).
+        logits: unnormalized log-probabilities, real floating, with the classes along `axis`. A
+            logit of -inf is an impossible class, which costs nothing unless it has a share.
+        labels: class indices, integers of the shape without `axis`; or probabilities of the
+            logits' shape.
         smoothing: e in [0, 1), or a traced scalar.
+        z_loss: z >= 0, or a traced scalar: draws the log of the sum of exponentials to 0 (1e-4 in
+            PaLM).
+        soft_cap: c > 0: logits become c tanh(x / c), within (-c, c).
+        ignore_index: the integer label of examples that have no loss and no gradient, whatever
+            their logits are, and that are not counted in the mean.
+        class_weights: w, K numbers >= 0.
+        where: bools that broadcast with the logits: the classes that exist. The others have
+            probability 0 and no share of the smoothing (which is e over the number of those that
+            exist), whatever their logits are; a label among them costs infinity.
+        axis: of the classes.
+        spread: "uniform" gives every class e / K; "others" gives the label 1 - e, and the other
+            classes e / (K - 1) (fairseq, and I. Goodfellow et al.).
+        reduction: "none" for the loss of each example; "sum"; or "mean", over the examples that
+            count, each as often as its label's weight, $\sum_k w_k q_k$, says. It is 0 where none
+            counts.
 
     Returns:
-        The loss of each example, shape (...), float32 (float64 for 64-bit logits). A traced label
-        outside [0, K) gives NaN; it never wraps around.
+        The loss of each example, of the logits' shape without `axis`, or a scalar; float32 (float64
+        for 64-bit logits). A traced label that is no class gives NaN; it never wraps around.
 
     Raises:
-        ValueError: where the smoothing is outside [0, 1), the shapes don't fit, or a concrete
-            label is outside [0, K).
+        ValueError: where an argument is out of its range, shapes do not fit, or a concrete label
+            is no class.
 
     Source: C. Szegedy et al., *Rethinking the Inception architecture for computer vision*, CVPR
-    2016.
+    2016. z-loss: A. Chowdhery et al., *PaLM*, arXiv:2204.02311. Soft cap: Gemma 2,
+    arXiv:2408.00118.
 
     >>> import jax.numpy as jnp, jaxreg
-    >>> logits, labels = jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0])
-    >>> losses = [jaxreg.smoothed_cross_entropy(logits, labels, e) for e in (0.0, 0.3)]
-    >>> [round(float(loss[0]), 6) for loss in losses]
-    [0.239545, 0.639545]
+    >>> logits, labels = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([0, -1])
+    >>> losses = jaxreg.smoothed_cross_entropy(logits, labels, 0.3, ignore_index=-1)
+    >>> [round(float(loss), 6) for loss in losses]
+    [0.639545, 0.0]
     """
-    smoothing = _check.fraction("smoothing", smoothing)
+    options = Options(smoothing, z_loss, soft_cap, ignore_index, spread, reduction).checked()
     logits = jnp.asarray(logits)
     if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
-        raise _check.ArgumentError(
-            "logits", _check.describe(logits), "a real floating array of shape (..., classes)"
-        )
-    labels = _labels(labels, logits.shape)
-    centered = _tree.widen(logits)
-    largest = jax.lax.stop_gradient(jnp.max(centered, axis=-1, keepdims=True))
-    # A row whose logits are all -inf keeps its -inf: -inf minus -inf would be NaN.
-    centered = centered - jnp.where(jnp.isfinite(largest), largest, 0)
-    log_normalizer = jax.nn.logsumexp(centered, axis=-1)
-    e = jnp.asarray(smoothing).astype(centered.dtype)
-    total, expected = _moments(labels, centered)
-    normalizer_part = _product((1 - e) * total + e, log_normalizer)
-    return normalizer_part - (1 - e) * expected - _product(e, jnp.mean(centered, axis=-1))
-
-
-def _product(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """Weight * x, 0 where the weight is 0 and x infinite: what can't happen costs nothing."""
-    return weight * jnp.where((weight != 0) | jnp.isfinite(x), x, 0)
-
-
-def _moments(labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """sum_k q_k and sum_k q_k logits_k for the labels' distribution q."""
+        accepted = "a real floating array with an axis of classes"
+        raise _check.ArgumentError("logits", _check.describe(logits), accepted)
+    axis = _check.axis("axis", axis, logits)
+    x = options.capped(_tree.widen(logits))
+    layout = Layout(axis)
+    classes = classes_of(x.shape, layout, x.dtype, class_weights, where)
+    labels = class_labels(labels, x.shape, axis, options)
+    if classes.exist is not None:
+        x = jnp.where(classes.exist, x, -jnp.inf)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        q = labels.astype(logits.dtype)
-        return jnp.sum(q, axis=-1), jnp.sum(_product(q, logits), axis=-1)
-    at_label = jnp.take_along_axis(
-        logits, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan
-    )
-    # Negative indices count from the end in "fill" mode too.
-    return jnp.ones((), logits.dtype), jnp.where(labels < 0, jnp.nan, at_label[..., 0])
-
-
-def _labels(labels: Any, shape: tuple[int, ...]) -> jax.Array:
-    # In NumPy: within a trace even a comparison of constants is traced.
-    concrete = np.asarray(labels) if _check.is_concrete(labels) else None
-    labels = jnp.asarray(labels)
-    accepted = f"integers of shape {shape[:-1]} in [0, {shape[-1]}), or probabilities of {shape}"
-    integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    if labels.shape != (shape[:-1] if integer else shape) or not (
-        integer or jnp.issubdtype(labels.dtype, jnp.floating)
-    ):
-        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
-    if concrete is not None and integer and concrete.size:
-        low, high = concrete.min(), concrete.max()
-        if low < 0 or high >= shape[-1]:
-            raise _check.ArgumentError("labels", f"values {low} to {high}", accepted)
-    return labels
+        v, z, own = soft_targets(labels.astype(x.dtype), classes, options)
+        losses = soft_loss(layout, x, v, z)
+    else:
+        targets, own = index_targets(jnp.expand_dims(labels, axis), classes, options)
+        losses = index_loss(layout, x, targets)
+    return reduced(losses, own, classes, options)
