@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxreg.diagnostics import metrics as metrics
     from jaxreg.explanation import Explanation as Explanation
     from jaxreg.explanation import explain as explain
+    from jaxreg.losses import linear_cross_entropy as linear_cross_entropy
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from jaxreg.noise import dropout as dropout
     from jaxreg.norms import global_norm as global_norm
@@ -200,6 +201,7 @@ _HOMES = {
     "prox_sgd": "jaxreg.optimizers",
     "proximal": "jaxreg.transforms",
     "regularize": "jaxreg.optimizers",
+    "linear_cross_entropy": "jaxreg.losses",
     "smoothed_cross_entropy": "jaxreg.losses",
     "ramda": "jaxreg.transforms",
     "rda": "jaxreg.transforms",

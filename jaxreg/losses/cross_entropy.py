@@ -1,5 +1,6 @@
 """Cross-entropy with label smoothing."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg.losses.rows import Layout, index_loss, soft_loss
+from jaxreg.losses.shardings import decided_by_xla
 from jaxreg.losses.targets import (
     Number,
     Options,
@@ -92,16 +94,25 @@ def smoothed_cross_entropy(
         accepted = "a real floating array with an axis of classes"
         raise _check.ArgumentError("logits", _check.describe(logits), accepted)
     axis = _check.axis("axis", axis, logits)
-    x = options.capped(_tree.widen(logits))
-    layout = Layout(axis)
+    labels = class_labels(labels, logits.shape, axis, options)
+    given = {"logits": logits, "labels": labels, "class_weights": class_weights, "where": where}
+    given |= options._asdict()
+    kept = axis if reduction == "none" else None
+    return decided_by_xla(functools.partial(_loss, axis=axis), given, logits, kept)
+
+
+def _loss(
+    logits: jax.Array, labels: jax.Array, class_weights: Any, where: Any, axis: int, **options: Any
+) -> jax.Array:
+    layout, chosen = Layout(axis), Options(**options)
+    x = chosen.capped(_tree.widen(logits))
     classes = classes_of(x.shape, layout, x.dtype, class_weights, where)
-    labels = class_labels(labels, x.shape, axis, options)
     if classes.exist is not None:
         x = jnp.where(classes.exist, x, -jnp.inf)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        v, z, own = soft_targets(labels.astype(x.dtype), classes, options)
+        v, z, own = soft_targets(labels.astype(x.dtype), classes, chosen)
         losses = soft_loss(layout, x, v, z)
     else:
-        targets, own = index_targets(jnp.expand_dims(labels, axis), classes, options)
+        targets, own = index_targets(jnp.expand_dims(labels, axis), classes, chosen)
         losses = index_loss(layout, x, targets)
-    return reduced(losses, own, classes, options)
+    return reduced(losses, own, classes, chosen)

@@ -1,0 +1,364 @@
+"""Cross-entropy fused with the matrix product that its logits come from."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check, _tree, norms
+from jaxreg.losses.rows import (
+    IndexTargets,
+    Layout,
+    index_gradient,
+    index_loss,
+    index_loss_of,
+    index_sums,
+)
+from jaxreg.losses.shardings import decided_by_xla
+from jaxreg.losses.targets import (
+    Number,
+    Options,
+    Reduction,
+    Spread,
+    class_labels,
+    classes_of,
+    index_targets,
+    inverse,
+)
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    bias: jax.Array | None = None,
+    smoothing: Number = 0.1,
+    *,
+    z_loss: Number = 0.0,
+    soft_cap: float | None = None,
+    ignore_index: int | None = None,
+    class_weights: Any = None,
+    where: Any = None,
+    spread: Spread = "uniform",
+    reduction: Reduction = "none",
+    block_size: int | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
+    r"""`jaxreg.smoothed_cross_entropy` of hidden @ kernel + bias, whose logits are never whole.
+
+    Tokens are taken a block at a time, so that only a block's logits are in memory. For the
+    reductions "mean" and "sum" the gradient is made in the forward pass, with three matrix products
+    as without blocks; for "none" the backward pass makes the logits again, a fourth. Products of
+    16-bit arrays are accumulated in float32, and the gradient of the logits is rounded to the
+    arrays' dtype before its products.
+
+    Args:
+        hidden: shape (..., D), real floating.
+        kernel: shape (D, V), of any vocabulary size V; an embedding's is its transpose.
+        labels: class indices, integers of shape (...).
+        bias: shape (V,), or None.
+        smoothing: e, as in `smoothed_cross_entropy`, and so are the next ones.
+        z_loss: likewise.
+        soft_cap: likewise, but not traced.
+        ignore_index: likewise.
+        class_weights: V numbers >= 0. The loss is not differentiated in them.
+        where: V bools.
+        spread: as in `smoothed_cross_entropy`.
+        reduction: likewise.
+        block_size: how many tokens a block has; None for 256 on a CPU and 2048 elsewhere, or fewer
+            where there are fewer. Tokens are filled up to whole blocks of about equal sizes.
+        axis_name: inside ``shard_map``, the mesh axis along which the vocabulary is sharded:
+            kernel, bias, class weights and mask are a device's own part of it, while labels count
+            all classes. Four numbers a token are reduced. Tokens may be sharded along other axes;
+            "mean" is then over a device's own, and "sum" too.
+
+    Returns:
+        The loss of each token, shape (...), or a scalar; float32 (float64 for 64-bit arrays).
+        Differentiable in hidden, kernel, bias, smoothing and z_loss: by reverse mode, and forward
+        mode over it.
+
+    Raises:
+        ValueError: where an argument is out of its range, shapes do not fit, or a concrete label
+            is no class.
+
+    Source: E. Wijmans et al., *Cut your losses in large-vocabulary language models*, ICLR 2025,
+    arXiv:2411.09009; for the gradient in the forward pass P.-L. Hsu et al., *Liger kernel*,
+    arXiv:2410.10989.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> hidden, kernel = jnp.eye(2), jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> labels = jnp.array([0, 1])
+    >>> fused = jaxreg.linear_cross_entropy(hidden, kernel, labels)
+    >>> dense = jaxreg.smoothed_cross_entropy(hidden @ kernel, labels)
+    >>> [round(float(loss), 5) for loss in fused], [round(float(loss), 5) for loss in dense]
+    ([0.37287, 0.61811], [0.37287, 0.61811])
+    """
+    options = Options(smoothing, z_loss, soft_cap, ignore_index, spread, reduction).checked()
+    if not (soft_cap is None or _check.is_concrete(soft_cap)):
+        raise _check.ArgumentError("soft_cap", "a traced number", "a number that is not traced")
+    hidden, kernel, bias = _arrays(hidden, kernel, bias)
+    names = norms.bound_axes(axis_name)
+    if len(names) > 1:
+        raise _check.ArgumentError("axis_name", repr(axis_name), "one mesh axis, or None")
+    layout = Layout(1, *names)
+    tokens, own_classes = hidden.shape[:-1], kernel.shape[1]
+    shape = (*tokens, own_classes * layout.devices())
+    labels = class_labels(labels, shape, len(tokens), options, soft=False)
+    if where is not None and jnp.shape(where) != (own_classes,):
+        raise _check.ArgumentError("where", _check.describe(where), f"{own_classes} bools")
+    given = {"hidden": hidden, "kernel": kernel, "bias": bias, "labels": labels}
+    given |= {"class_weights": class_weights, "where": where} | options._asdict()
+    blocks = _blocks(labels.size, block_size)
+    kept = hidden.ndim - 1 if reduction == "none" else None
+    return decided_by_xla(functools.partial(_loss, layout, blocks), given, hidden, kept)
+
+
+def _loss(
+    layout: Layout,
+    blocks: int,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    labels: jax.Array,
+    class_weights: Any,
+    where: Any,
+    **options: Any,
+) -> jax.Array:
+    chosen = Options(**options)
+    dtype = _tree.wide_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
+    constants = jax.lax.stop_gradient((class_weights, where))
+    classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, *constants)
+    targets, own = index_targets(labels.reshape(-1, 1), classes, chosen)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    plan = _Plan(layout, chosen.soft_cap, blocks)
+    inputs = _varying(layout, _Inputs(flat, kernel, bias, targets, classes.exist))
+    if chosen.reduction == "none":
+        return _one(layout, _each(plan, inputs)).reshape(labels.shape)
+    total = _one(layout, _total(plan, inputs))
+    return total if chosen.reduction == "sum" else total * inverse(jnp.sum(own))
+
+
+def _arrays(hidden: Any, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
+    bias = None if bias is None else jnp.asarray(bias)
+    wants = {
+        "hidden": (hidden, hidden.ndim > 0, "shape (..., D)"),
+        "kernel": (kernel, kernel.ndim == 2 and kernel.shape[1] > 0, "shape (D, V)"),
+    }
+    if bias is not None:
+        wants["bias"] = (bias, bias.shape == kernel.shape[1:], f"shape {kernel.shape[1:]}, or None")
+    for name, (array, fits, accepted) in wants.items():
+        if not (fits and jnp.issubdtype(array.dtype, jnp.floating)):
+            accepted = f"a real floating array of {accepted}"
+            raise _check.ArgumentError(name, _check.describe(array), accepted)
+    if hidden.shape[-1] != kernel.shape[0]:
+        accepted = f"as many rows as hidden has features, {hidden.shape[-1]}"
+        raise _check.ArgumentError("kernel", _check.describe(kernel), accepted)
+    return hidden, kernel, bias
+
+
+def _blocks(tokens: int, block_size: int | None) -> int:
+    """Into how many blocks tokens are cut."""
+    if block_size is None:
+        # Each block adds to the kernel's gradient, whose traffic long blocks hide; how long, is
+        # said by how much faster a device computes than it reads.
+        block_size = 256 if jax.default_backend() == "cpu" else 2048
+    block_size = _check.whole_number("block_size", block_size, at_least=1)
+    return max(1, math.ceil(tokens / block_size))
+
+
+class _Plan(NamedTuple):
+    layout: Layout
+    soft_cap: Any
+    blocks: int
+
+
+class _Inputs(NamedTuple):
+    """Of shapes (N, D), (D, V) and (V,); figures of tokens are (N, 1), those of classes (1, V)."""
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+    targets: IndexTargets
+    exist: jax.Array | None
+
+
+def _varying(layout: Layout, inputs: _Inputs) -> _Inputs:
+    """Under ``shard_map`` all arrays differ along the same axes: JAX adds up their derivatives."""
+    names = [layout.axis_name] if layout.axis_name else []
+    names = frozenset(names).union(*map(norms.varying_axes, jax.tree.leaves(inputs)))
+    return jax.tree.map(lambda x: norms.varying(x, names), inputs)
+
+
+def _one(layout: Layout, loss: jax.Array) -> jax.Array:
+    """The loss that all devices along the vocabulary's axis have, as one that they share."""
+    return layout.added(loss / layout.devices())[0]
+
+
+# Reductions: the gradient in the forward pass, or in the backward pass ----------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(plan: _Plan, inputs: _Inputs) -> jax.Array:
+    return jnp.sum(_losses(plan, inputs))
+
+
+def _total_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, Any]:
+    losses, found = _swept(plan, inputs, jnp.ones_like(inputs.targets.on))
+    return jnp.sum(losses), (inputs, found)
+
+
+def _total_backward(plan: _Plan, known: Any, d: jax.Array) -> tuple[_Inputs]:
+    return (_cotangents(*known, d, plan.layout.added(d)[0]),)
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(plan: _Plan, inputs: _Inputs) -> jax.Array:
+    return _losses(plan, inputs)
+
+
+def _each_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, _Inputs]:
+    return _losses(plan, inputs), inputs
+
+
+def _each_backward(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[_Inputs]:
+    _, found = _swept(plan, inputs, plan.layout.added(d)[0])
+    return (_cotangents(inputs, found, d, jnp.ones((), d.dtype)),)
+
+
+_each.defvjp(_each_forward, _each_backward)
+
+
+class _Derivatives(NamedTuple):
+    """Of the losses: by the arrays, in float32 at least, and what the targets' factors multiply."""
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: Any
+    parts: tuple[jax.Array, jax.Array | None, jax.Array]
+
+
+def _cotangents(inputs: _Inputs, found: _Derivatives, d: jax.Array, scale: jax.Array) -> _Inputs:
+    """With d the cotangents of the losses, and `scale` what the arrays' derivatives still lack."""
+
+    def by(x: jax.Array, derivative: jax.Array) -> jax.Array:
+        return (derivative * scale).astype(x.dtype)
+
+    targets = inputs.targets
+    on, off, z = found.parts
+    # None is 0: of what is no number, and of what the loss is not differentiated in.
+    factors: Any = targets._replace(
+        labels=None,
+        on=d * on,
+        off=None if off is None else d * off,
+        weights=None,
+        number=None,
+        z=None if targets.z is None else d * z,
+    )
+    bias = None if inputs.bias is None else by(inputs.bias, found.bias)
+    return _Inputs(
+        by(inputs.hidden, found.hidden), by(inputs.kernel, found.kernel), bias, factors, None
+    )
+
+
+# Blocks -------------------------------------------------------------------------------------------
+
+
+def _losses(plan: _Plan, inputs: _Inputs) -> jax.Array:
+    """The losses of all tokens, (N, 1)."""
+
+    def block(carry: None, rows: Any) -> tuple[None, jax.Array]:
+        hidden, targets = rows
+        x = _existing(inputs, _capped(plan, inputs, hidden))
+        return carry, index_loss(plan.layout, x, targets)
+
+    return _scanned(plan, inputs, block, None)[1]
+
+
+def _swept(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[jax.Array, _Derivatives]:
+    """The losses and their derivatives, with the cotangents d of shape (N, 1)."""
+    layout, dtype = plan.layout, d.dtype
+    narrow = jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype)
+
+    def block(sums: Any, rows: Any) -> tuple[Any, Any]:
+        hidden, targets, d = rows
+        capped = _capped(plan, inputs, hidden)
+        x = _existing(inputs, capped)
+        others, row = index_sums(layout, x, targets)
+        gradient = d * index_gradient(layout, x, targets, others, row)
+        if inputs.exist is not None:
+            gradient = jnp.where(inputs.exist, gradient, 0)
+        if plan.soft_cap is not None:
+            gradient *= 1 - jnp.square(capped / plan.soft_cap)
+        kernel_sum, bias_sum = sums
+        bias_sum = None if bias_sum is None else bias_sum + jnp.sum(gradient, 0)
+        gradient = gradient.astype(narrow)
+        kernel_sum += _product(hidden, gradient, (0, 0), dtype)
+        found = _product(gradient, inputs.kernel, (1, 1), dtype)
+        return (kernel_sum, bias_sum), (index_loss_of(row, targets), found, row.parts(targets))
+
+    sums = (jnp.zeros(inputs.kernel.shape, dtype), None)
+    if inputs.bias is not None:
+        sums = (sums[0], jnp.zeros(inputs.bias.shape, dtype))
+    names = norms.varying_axes(inputs.kernel)
+    sums = jax.tree.map(lambda x: norms.varying(x, names), sums)
+    (kernel, bias), (losses, hidden, parts) = _scanned(plan, inputs, block, sums, d)
+    return losses, _Derivatives(hidden, kernel, bias, parts)
+
+
+def _scanned(
+    plan: _Plan, inputs: _Inputs, block: Callable[..., Any], carry: Any, *rows: jax.Array
+) -> tuple[Any, Any]:
+    """A scan of blocks of tokens; what it gives of each token is put together again.
+
+    A block holds every n-th token, so that tokens which are sharded stay where they are.
+    """
+    count = inputs.hidden.shape[0]
+    size = -(-count // plan.blocks)
+    targets = inputs.targets
+    figures = targets._replace(weights=None, number=None)  # pyright: ignore[reportArgumentType]
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Filled with tokens that count for nothing.
+        x = jnp.pad(x, [(0, size * plan.blocks - count)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.swapaxes(x.reshape(size, plan.blocks, *x.shape[1:]), 0, 1)
+
+    def body(carry: Any, rows: Any) -> tuple[Any, Any]:
+        hidden, figures, *rest = rows
+        own = figures._replace(weights=targets.weights, number=targets.number)
+        return block(carry, (hidden, own, *rest))
+
+    # For derivatives of derivatives: blocks are made again, not kept.
+    body = jax.checkpoint(body, prevent_cse=False)
+    cuts = jax.tree.map(cut, (inputs.hidden, figures, *rows))
+    carry, found = jax.lax.scan(body, carry, cuts)
+    whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:count]  # noqa: E731
+    return carry, jax.tree.map(whole, found)
+
+
+def _capped(plan: _Plan, inputs: _Inputs, hidden: jax.Array) -> jax.Array:
+    """The logits of a block of tokens, in float32 at least."""
+    dtype = inputs.targets.on.dtype
+    x = _product(hidden, inputs.kernel, (1, 0), dtype)
+    if inputs.bias is not None:
+        x += inputs.bias.astype(dtype)[None]
+    return x if plan.soft_cap is None else plan.soft_cap * jnp.tanh(x / plan.soft_cap)
+
+
+def _existing(inputs: _Inputs, x: jax.Array) -> jax.Array:
+    return x if inputs.exist is None else jnp.where(inputs.exist, x, -jnp.inf)
+
+
+def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
+    """A product of matrices along these axes, accumulated and given in a dtype."""
+    narrow = jnp.promote_types(a.dtype, b.dtype)
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a.astype(narrow), b.astype(narrow), dimensions, preferred_element_type=dtype
+    )
