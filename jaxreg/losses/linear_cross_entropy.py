@@ -212,7 +212,8 @@ def _total_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, Any]:
 
 
 def _total_backward(plan: _Plan, known: Any, d: jax.Array) -> tuple[_Inputs]:
-    return (_cotangents(*known, d, plan.layout.added(d)[0]),)
+    inputs, found = known
+    return (_cotangents(inputs, found, d, plan.layout.added(d)[0]),)
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -262,9 +263,8 @@ def _cotangents(inputs: _Inputs, found: _Derivatives, d: jax.Array, scale: jax.A
         z=None if targets.z is None else d * z,
     )
     bias = None if inputs.bias is None else by(inputs.bias, found.bias)
-    return _Inputs(
-        by(inputs.hidden, found.hidden), by(inputs.kernel, found.kernel), bias, factors, None
-    )
+    hidden, kernel = by(inputs.hidden, found.hidden), by(inputs.kernel, found.kernel)
+    return _Inputs(hidden, kernel, bias, factors, None)
 
 
 # Blocks -------------------------------------------------------------------------------------------
