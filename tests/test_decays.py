@@ -197,6 +197,24 @@ def test_trees_that_are_not_like_the_parameters_are_refused_by_name():
         jaxreg.ewc(1.0, p, {**p, "bias": -jnp.ones(2)})
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: jaxreg.weight_decay(0.1, 1.0, toward="init"), "toward: got 'init'"),
+        (lambda p: jaxreg.weight_decay(0.1, 1.0, toward=jaxreg.ema(0.9)), "toward: got"),
+        (lambda p: jaxreg.selective_projection_decay(optax.sgd(0.1)), "toward: got 'init'"),
+        (lambda p: jaxreg.selective_projection_decay(optax.sgd(0.1), toward=p), "toward: got"),
+        (lambda p: jaxreg.ewc(1.0, p, p), "params: got None"),
+        (lambda p: jaxreg.constrained_decay(), "params: got None"),
+        (lambda p: jaxreg.hyperball(0.1), "params: got None"),
+        (lambda p: jaxreg.spectral_decay(0.1, 0.1), "params: got None"),
+    ],
+)
+def test_states_that_depend_on_the_parameters_need_them_at_init(make, name):
+    with pytest.raises(ValueError, match=rf"(?s)^{name}.*init\(params\)"):
+        make({"kernel": jnp.ones((2, 2))}).init(None)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_the_diagonal_fisher_information_of_a_logistic_model(micro_batch):
     x, y = RNG.normal(size=(10, 4)).astype(np.float32), RNG.integers(0, 2, 10)

@@ -62,9 +62,9 @@ def selective_projection_decay(
         anchor for the leaves chosen; updates keep their dtype. ``update`` needs ``params``.
 
     Raises:
-        ValueError: where the strength is negative or NaN, or `toward` is another word; at ``init``
-            where `toward` does not fit params, or the selector matches no leaf, or one that is not
-            real floating; at ``update`` where params are missing.
+        ValueError: where the strength is negative or NaN, or `toward` is another word; where params
+            are missing; at ``init`` where `toward` does not fit them, or the selector matches no
+            leaf, or one that is not real floating.
 
     Source: J. Tian, C. Huang and Z. Kira, *Rethinking weight decay for robust fine-tuning of
     foundation models*, NeurIPS 2024, arXiv:2411.01713.
@@ -84,11 +84,9 @@ def selective_projection_decay(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SelectiveProjectionState:
+        anchor_of = copies("toward", toward, selector, params)
         real_leaves(selector, params)
-        from_init = isinstance(toward, str)
-        leaves = jax.tree.leaves(params)
-        anchor = leaves if from_init else _tree.leaves_like("toward", toward, params)
-        return SelectiveProjectionState(copies(selector, params, anchor), inner.init(params))
+        return SelectiveProjectionState(anchor_of, inner.init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -159,7 +157,7 @@ def ewc(
     Raises:
         ValueError: where the strength is negative or NaN, or a number of `fisher` is; at ``init``
             where `anchor` or `fisher` does not fit params, or the selector matches no leaf, or one
-            that is not real floating; at ``update`` where params are missing.
+            that is not real floating; where params are missing.
 
     Source: J. Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, PNAS
     114(13), 2017.
@@ -181,8 +179,7 @@ def ewc(
     def init(params: optax.Params) -> EwcState:
         real_leaves(selector, params)
         given = {"anchor": anchor, "fisher": fisher}
-        trees = (_tree.leaves_like(name, tree, params) for name, tree in given.items())
-        return EwcState(*(copies(selector, params, leaves) for leaves in trees))
+        return EwcState(*(copies(name, tree, selector, params) for name, tree in given.items()))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None

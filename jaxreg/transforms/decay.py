@@ -151,9 +151,6 @@ def weight_decay(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> DecayState:
-        if params is None and toward is not None:
-            given = f"{_check.describe(toward)} without parameters at init"
-            raise _check.ArgumentError("toward", given, "a call init(params) with the parameters")
         amount = jnp.zeros((), _tree.widest_dtype(floating_leaves(selector, params)))
         return DecayState(jnp.zeros((), jnp.int32), amount, _anchor(toward, params, selector))
 
@@ -285,12 +282,10 @@ def _anchor(toward: Any, params: Any, selector: _where.Selector) -> tuple[jax.Ar
     """What the state holds before the first step: copies, as parameters and states are donated."""
     if toward is None:
         return ()
-    leaves = jax.tree.leaves(params)
-    if not isinstance(toward, (str, ema)):
-        leaves = _tree.leaves_like("toward", toward, params)
-    anchors = copies(selector, params, leaves)
+    if not isinstance(toward, ema):
+        return copies("toward", toward, selector, params)
     # An average in 16 bits would soon stand still.
-    return tuple(map(_tree.widen, anchors)) if isinstance(toward, ema) else anchors
+    return tuple(map(_tree.widen, copies("toward", "init", selector, params)))
 
 
 def _followed(average: jax.Array, p: jax.Array, decay: Number) -> jax.Array:
