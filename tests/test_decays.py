@@ -485,6 +485,34 @@ def test_goes_with_multi_steps(make):
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
 
 
+SCHEDULED = {
+    "weight_decay": lambda s: jaxreg.weight_decay(s, 0.5),
+    "l2_decay": lambda s: jaxreg.l2_decay(s),
+    "spectral_decay": lambda s: jaxreg.spectral_decay(s, 0.5),
+    "selective_projection_decay": lambda s: jaxreg.selective_projection_decay(
+        optax.sgd(-1.0, momentum=0.9), s, toward={"kernel": jnp.zeros((2, 3))}
+    ),
+    "ewc": lambda s: jaxreg.ewc(s, *[{"kernel": jnp.full((2, 3), 0.5)}] * 2),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULED.values(), ids=SCHEDULED)
+def test_a_strength_may_be_a_schedule(make, strict):
+    """In each step it is what the schedule's value at that step is, by itself."""
+    p = {"kernel": jnp.asarray(RNG.normal(size=(2, 3)), jnp.bfloat16)}
+    grads = {"kernel": jnp.asarray(np.sign(p["kernel"]), jnp.bfloat16)}
+    scheduled = make(lambda count: 0.25 * (count.astype(jnp.float32) + 1))
+    state = scheduled.init(p)
+    for t in range(3):
+        expected, _ = make(0.25 * (t + 1)).update(grads, state, p)
+        without, _ = make(0.0).update(grads, state, p)
+        updates, after = jax.jit(scheduled.update)(grads, state, p)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_close(updates, expected, rtol=2**-7)
+        assert jnp.abs(expected["kernel"] - without["kernel"]).max() > 0.05  # it acts
+        state = after
+
+
 def test_the_strength_of_a_timescale():
     assert jaxreg.decay_from_timescale(1e-3, steps=1e4) == pytest.approx(0.1)
     found = jaxreg.decay_from_timescale(1e-3, epochs=20, steps_per_epoch=500)

@@ -34,7 +34,7 @@ def floating_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
 
 
 def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
-    """The same where complex leaves are refused, and no parameters at all: states depend on them."""
+    """The same, for states that depend on the parameters: these are not None, and no complex."""
     chosen = floating_leaves(selector, _check.params_given(params, "init(params)"))
     _tree.check_real("params", _only(selector, params))
     return chosen
