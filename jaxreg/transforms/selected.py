@@ -88,6 +88,11 @@ def at(value: Number | optax.Schedule, count: jax.Array) -> Any:
     return value(count) if _check.is_schedule(value) else value
 
 
+def product(rate: Any, strength: Any, dtype: Any) -> jax.Array:
+    """Rate * strength, which may have any dtypes, in one."""
+    return jnp.asarray(rate).astype(dtype) * jnp.asarray(strength).astype(dtype)
+
+
 def stepped(count: jax.Array) -> jax.Array:
     """The next count."""
     return jnp.asarray(optax.safe_increment(count))
