@@ -37,14 +37,14 @@ def trained(tx, params, gradients, learning_rate=None):
 
 def cpr(p, updates, init, kappa, mu, warm_up):
     """The paper's algorithm, in float64."""
-    p, path, nu, n = p.astype(float), [], 0.0, p.size
+    p, path, nu = p.astype(float), [], 0.0
     bound = {"uniform": kappa, "dependent": kappa * (p**2).sum()}.get(init, np.inf)
     average, growth = (p**2).sum(), -np.inf
     for t, u in enumerate(updates.astype(float), start=1):
         p = p + u
         square = (p**2).sum()
         if np.isfinite(bound):
-            nu = max(0.0, nu + mu / n * (square - bound))
+            nu = max(0.0, nu + mu * (square - bound))
             p = p - 2 * nu * p
         elif init == "warm_start" and t == warm_up:
             bound = kappa * square
@@ -68,7 +68,7 @@ def test_constrained_decay_is_the_papers_algorithm(init):
     path, state = trained(
         tx, {"kernel": p, "bias": p[0]}, {"kernel": updates, "bias": updates[:, 0]}
     )
-    expected, bound, nu = cpr(p, updates, init, 0.9, 0.5, warm_up)
+    expected, bound, nu = cpr(p, updates, init, 0.9, 0.5 / p.size, warm_up)  # the paper's mu
     assert np.isfinite(bound)
     assert np.abs(expected[-1] - p - updates.sum(0)).max() > 0.05  # it acts
     np.testing.assert_allclose(path["kernel"], expected, rtol=2e-5, atol=1e-6)
@@ -96,6 +96,8 @@ def test_constrained_decay_neither_turns_weights_around_nor_lets_them_grow():
         np.testing.assert_allclose(path[0], np.full((3, 3), 1 / 3), rtol=1e-5)
         assert (path > 0.25).all()
         assert (path < 0.36).all()
+    turned, _, _ = cpr(np.full((3, 3), 4.0), np.full((1, 3, 3), 0.01), "uniform", 1.0, 1 / 9, None)
+    assert (turned < 0).all()
 
 
 def test_constrained_decay_refuses_what_does_not_fit():
