@@ -292,8 +292,7 @@ def add_decayed_weights(
         amount = strength
         if scheduled:
             amount = strength(state.count)
-            count = jnp.asarray(optax.safe_increment(state.count))
-            state = optax.ScaleByScheduleState(count)
+            state = state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         if isinstance(amount, float) and amount == 0:
             return updates, state  # without reading the parameters
 
