@@ -225,10 +225,10 @@ def transformation(name: str, value: Any) -> Any:
     return value
 
 
-def params_given(params: Any) -> Any:
-    """The params of an optax ``update``, for a transformation that can't do without."""
+def params_given(params: Any, call: str = "update(grads, state, params)") -> Any:
+    """The params of an optax ``update`` or ``init``, for who can't do without."""
     if params is None:
-        raise ArgumentError("params", "None", "the parameters: call update(grads, state, params)")
+        raise ArgumentError("params", "None", f"the parameters: call {call}")
     return params
 
 

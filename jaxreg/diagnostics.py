@@ -1,5 +1,6 @@
 """What an optimizer's state tells of its last step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg.transforms.clip import ClipState, NonfiniteState
-from jaxreg.transforms.decay import DecayState
+from jaxreg.transforms.constrained_decay import ConstrainedDecayState
+from jaxreg.transforms.decay import DecayState, L2State
 from jaxreg.transforms.skipping import SkipState
+from jaxreg.transforms.spectral_decay import SpectralDecayState
 from jaxreg.transforms.watching import WatchState
 
 Scalars = dict[str, jax.Array]
@@ -29,10 +32,15 @@ def metrics(opt_state: Any) -> Scalars:
         number of those with an infinity or a NaN; of `jaxreg.skip_step` ``norm``, ``limit``,
         ``skipped`` and ``nonfinite`` (counts). Of clips that cut entries (`jaxreg.clip_by_value`,
         `jaxreg.spike_aware_clip`) ``nonfinite`` under "skip", and nothing else. Of
-        `jaxreg.weight_decay` ``amount``, rate * strength of the last step. Of `jaxreg.watch` the
-        norms of weights and update, ``update_ratio``, ``angle`` (radians) and the share of
-        ``zeros``. The names begin with ``clip.``, ``skip.``, ``decay.`` or ``weights.``, and with
-        ``clip0.``, ``clip1.``, ... where there are several, in the order of the state.
+        `jaxreg.weight_decay` and `jaxreg.spectral_decay` ``amount``, rate * strength of the last
+        step, whatever gate and profile make of it: what they leave out is not counted, as that
+        would read all weights once more. Of `jaxreg.l2_decay` ``amount``, its strength. Of
+        `jaxreg.constrained_decay` ``multiplier``, the mean over leaves, and ``largest``. Of
+        `jaxreg.watch` the norms of weights and update, ``update_ratio``, ``angle`` (radians) and
+        the share of ``zeros``: with it, what hyperball, anchors and projections do is seen, which
+        tell nothing themselves. The names begin with ``clip.``, ``skip.``, ``decay.``,
+        ``spectral_decay.``, ``l2.``, ``constrained_decay.`` or ``weights.``, and with ``clip0.``,
+        ``clip1.``, ... where there are several, in the order of the state.
 
     Raises:
         ValueError: for a transformation in place of its state.
@@ -62,20 +70,17 @@ def metrics(opt_state: Any) -> Scalars:
 def _found(state: Any) -> list[tuple[str, Scalars]]:
     """What each state of a known kind tells, the outer ones first."""
     told: list[tuple[str, Scalars]] = []
-    kinds = (ClipState, NonfiniteState, SkipState, DecayState, WatchState)
-    for node in _tree.nodes(state, kinds):
+    for node in _tree.nodes(state, tuple(_TOLD)):
+        name, scalars = _TOLD[type(node)]
+        told.append((name, scalars(node)))
         if isinstance(node, SkipState):
-            told.append(("skip", _of_skip(node)))
             told += _found(node.inner)
-        elif isinstance(node, ClipState):
-            told.append(("clip", _of_clip(node)))
-        elif isinstance(node, DecayState):
-            told.append(("decay", {"amount": node.amount}))
-        elif isinstance(node, WatchState):
-            told.append(("weights", _of_watch(node)))
-        else:
-            told.append(("clip", {"nonfinite": node.nonfinite}))
     return told
+
+
+def _fields(*names: str) -> Callable[[Any], Scalars]:
+    """Fields of a state, as they are."""
+    return lambda state: {name: getattr(state, name) for name in names}
 
 
 def _of_clip(state: ClipState) -> Scalars:
@@ -88,8 +93,10 @@ def _of_clip(state: ClipState) -> Scalars:
     }
 
 
-def _of_skip(state: SkipState) -> Scalars:
-    return {name: getattr(state, name) for name in ("norm", "limit", "skipped", "nonfinite")}
+def _of_constrained_decay(state: ConstrainedDecayState) -> Scalars:
+    multipliers = state.multiplier
+    mean = jnp.sum(multipliers) / max(multipliers.size, 1)
+    return {"multiplier": mean, "largest": jnp.max(multipliers, initial=0)}
 
 
 def _of_watch(state: WatchState) -> Scalars:
@@ -100,3 +107,16 @@ def _of_watch(state: WatchState) -> Scalars:
         "angle": state.angle,
         "zeros": state.zeros,
     }
+
+
+# What the name of a kind of state begins with, and what it tells.
+_TOLD: dict[type, tuple[str, Callable[[Any], Scalars]]] = {
+    ClipState: ("clip", _of_clip),
+    NonfiniteState: ("clip", _fields("nonfinite")),
+    SkipState: ("skip", _fields("norm", "limit", "skipped", "nonfinite")),
+    DecayState: ("decay", _fields("amount")),
+    SpectralDecayState: ("spectral_decay", _fields("amount")),
+    L2State: ("l2", _fields("amount")),
+    ConstrainedDecayState: ("constrained_decay", _of_constrained_decay),
+    WatchState: ("weights", _of_watch),
+}

@@ -211,8 +211,9 @@ class _Kernels(Selector):
     - no kernel if it is a ``bias`` or ``b``, at any rank;
     - a kernel if it is called ``kernel``, and has an axis;
     - no kernel if it is, or lies at any depth in, a normalization or an embedding
-      (``LayerNorm_0``, ``bn1``, ``wte``, ``pos_embed``), or is called ``scale``, ``gamma``,
-      ``beta``, ``offset`` or ``intercept``;
+      (``LayerNorm_0``, ``rms``, ``bn1``, ``wte``, ``tok_emb``, ``pos_embed``), or is itself called
+      ``scale``, ``gamma``, ``beta``, ``offset`` or ``intercept``, ``pos`` or ``cls``, or by a name
+      that ends in ``token``;
     - a kernel if it is called ``w``, ``coef`` or ``coefs``, and has an axis;
     - else a kernel if it has two axes or more. (A ``weight`` with one axis may be the scale of a
       normalization.)
@@ -242,7 +243,9 @@ class _Kernels(Selector):
         if last == "kernel":
             return rank >= 1
         words = [word for component in components for word in component]
-        if any(map(_NORM_OR_EMBEDDING.fullmatch, words)) or last in _NO_KERNELS:
+        if any(map(_NORM_OR_EMBEDDING.fullmatch, words)):
+            return False
+        if last in _NO_KERNELS or name in _LEARNED_INPUTS:
             return False
         return rank >= (1 if last in _VECTOR_KERNELS else 2)
 
@@ -251,9 +254,11 @@ class _Kernels(Selector):
 
 
 _VECTOR_KERNELS = {"w", "coef", "coefs"}
-_NO_KERNELS = {"scale", "scales", "gamma", "beta", "offset", "intercept"}
+_NO_KERNELS = {"scale", "scales", "gamma", "beta", "offset", "intercept", "token", "tokens"}
+# Whole names: a layer that is called cls/weight or linear_pos/weight has a kernel.
+_LEARNED_INPUTS = (["pos"], ["cls"])
 _NORM_OR_EMBEDDING = re.compile(
-    "ln|bn|gn|wte|wpe|.*(norms?|normali[sz]ation|embed|embedder|embeddings?)"
+    "ln|bn|gn|rms|wte|wpe|.*(norms?|normali[sz]ation|embs?|embd|embed|embedder|embeddings?)"
 )
 
 

@@ -159,7 +159,7 @@ def average(p, state, decay=0.9):
 
 
 # name: the arguments, and the weights after a step by the paper, p' = paper(t, p, u, state), where
-# u is the direction, which goes down as -rate * u.
+# u is the direction (SGDW: momentum), which goes down as -rate * u.
 NAMES = {
     "AdamW": ({}, lambda t, p, u, s: p - schedule(t) * (u + STRENGTH * p)),
     "independent, scheduled": (
@@ -207,23 +207,51 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_names_that_papers_give_it(name):
-    arguments, paper = NAMES[name]
-    decay = jaxreg.weight_decay(STRENGTH, **arguments)
-    tx = jaxreg.regularize(optax.identity(), schedule, decay=decay)
+def path_of(decay, momentum, leaves=("kernel",)):
+    """The weights after each step, of leaves that start alike and have the same gradients."""
+    tx = jaxreg.regularize(optax.trace(momentum), schedule, decay=decay)
 
     def step(carry, g):
-        updates, state = tx.update({"kernel": g}, carry[1], carry[0])
+        updates, state = tx.update(dict.fromkeys(leaves, g), carry[1], carry[0])
         params = optax.apply_updates(carry[0], updates)
-        return (params, state), params["kernel"]
+        return (params, state), params
 
-    params = {"kernel": jnp.asarray(FROM, jnp.float32)}
-    _, found = jax.lax.scan(step, (params, tx.init(params)), jnp.asarray(NOISE, jnp.float32))
-    p, memory = FROM, {}
+    params = dict.fromkeys(leaves, jnp.asarray(FROM, jnp.float32))
+    run = lambda grads: jax.lax.scan(step, (params, tx.init(params)), grads)[1]  # noqa: E731
+    return jax.jit(run)(jnp.asarray(NOISE, jnp.float32))
+
+
+def path_by(paper, momentum):
+    """The same by a paper's formula."""
+    p, u, memory, path = FROM, 0.0, {}, []
     for t in range(STEPS):
-        p = paper(t, p, NOISE[t], memory)
-        np.testing.assert_allclose(found[t], p, rtol=1e-5, atol=1e-6)
+        u = NOISE[t] + momentum * u
+        p = paper(t, p, u, memory)
+        path.append(p)
+    return path
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9], ids=["SGD", "momentum"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_that_papers_give_it(name, momentum):
+    arguments, paper = NAMES[name]
+    found = path_of(jaxreg.weight_decay(STRENGTH, **arguments), momentum)
+    np.testing.assert_allclose(found["kernel"], path_by(paper, momentum), rtol=1e-5, atol=1e-6)
+
+
+def test_adamc_on_normalized_layers_and_adamw_on_the_others():
+    decay = optax.chain(
+        jaxreg.weight_decay(STRENGTH, **NAMES["AdamC"][0], where="normalized"),
+        jaxreg.weight_decay(STRENGTH, where="output"),
+    )
+    found = path_of(decay, 0.9, leaves=("normalized", "output", "bias"))
+    papers = {
+        "normalized": NAMES["AdamC"][1],
+        "output": NAMES["AdamW"][1],
+        "bias": lambda t, p, u, s: p - schedule(t) * u,
+    }
+    for leaf, paper in papers.items():
+        np.testing.assert_allclose(found[leaf], path_by(paper, 0.9), rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_tells_the_decay_of_the_last_step():

@@ -37,14 +37,14 @@ def trained(tx, params, gradients, learning_rate=None):
 
 def cpr(p, updates, init, kappa, mu, warm_up):
     """The paper's algorithm, in float64."""
-    p, path, nu, n = p.astype(float), [], 0.0, p.size
+    p, path, nu = p.astype(float), [], 0.0
     bound = {"uniform": kappa, "dependent": kappa * (p**2).sum()}.get(init, np.inf)
     average, growth = (p**2).sum(), -np.inf
     for t, u in enumerate(updates.astype(float), start=1):
         p = p + u
         square = (p**2).sum()
         if np.isfinite(bound):
-            nu = max(0.0, nu + mu / n * (square - bound))
+            nu = max(0.0, nu + mu * (square - bound))
             p = p - 2 * nu * p
         elif init == "warm_start" and t == warm_up:
             bound = kappa * square
@@ -68,7 +68,7 @@ def test_constrained_decay_is_the_papers_algorithm(init):
     path, state = trained(
         tx, {"kernel": p, "bias": p[0]}, {"kernel": updates, "bias": updates[:, 0]}
     )
-    expected, bound, nu = cpr(p, updates, init, 0.9, 0.5, warm_up)
+    expected, bound, nu = cpr(p, updates, init, 0.9, 0.5 / p.size, warm_up)  # the paper's mu
     assert np.isfinite(bound)
     assert np.abs(expected[-1] - p - updates.sum(0)).max() > 0.05  # it acts
     np.testing.assert_allclose(path["kernel"], expected, rtol=2e-5, atol=1e-6)
@@ -96,6 +96,8 @@ def test_constrained_decay_neither_turns_weights_around_nor_lets_them_grow():
         np.testing.assert_allclose(path[0], np.full((3, 3), 1 / 3), rtol=1e-5)
         assert (path > 0.25).all()
         assert (path < 0.36).all()
+    turned, _, _ = cpr(np.full((3, 3), 4.0), np.full((1, 3, 3), 0.01), "uniform", 1.0, 1 / 9, None)
+    assert (turned < 0).all()
 
 
 def test_constrained_decay_refuses_what_does_not_fit():
@@ -195,6 +197,24 @@ def test_trees_that_are_not_like_the_parameters_are_refused_by_name():
         jaxreg.selective_projection_decay(optax.sgd(0.1), toward="initial")
     with pytest.raises(ValueError, match="fisher: got an array that holds -1.0 on bias"):
         jaxreg.ewc(1.0, p, {**p, "bias": -jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: jaxreg.weight_decay(0.1, 1.0, toward="init"), "toward: got 'init'"),
+        (lambda p: jaxreg.weight_decay(0.1, 1.0, toward=jaxreg.ema(0.9)), "toward: got"),
+        (lambda p: jaxreg.selective_projection_decay(optax.sgd(0.1)), "toward: got 'init'"),
+        (lambda p: jaxreg.selective_projection_decay(optax.sgd(0.1), toward=p), "toward: got"),
+        (lambda p: jaxreg.ewc(1.0, p, p), "params: got None"),
+        (lambda p: jaxreg.constrained_decay(), "params: got None"),
+        (lambda p: jaxreg.hyperball(0.1), "params: got None"),
+        (lambda p: jaxreg.spectral_decay(0.1, 0.1), "params: got None"),
+    ],
+)
+def test_states_that_depend_on_the_parameters_need_them_at_init(make, name):
+    with pytest.raises(ValueError, match=rf"(?s)^{name}.*init\(params\)"):
+        make({"kernel": jnp.ones((2, 2))}).init(None)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
@@ -465,6 +485,34 @@ def test_goes_with_multi_steps(make):
     updates, _ = steps.update(g, state, p)
     expected, _ = tx.update(g, tx.init(p), p)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+SCHEDULED = {
+    "weight_decay": lambda s: jaxreg.weight_decay(s, 0.5),
+    "l2_decay": lambda s: jaxreg.l2_decay(s),
+    "spectral_decay": lambda s: jaxreg.spectral_decay(s, 0.5),
+    "selective_projection_decay": lambda s: jaxreg.selective_projection_decay(
+        optax.sgd(-1.0, momentum=0.9), s, toward={"kernel": jnp.zeros((2, 3))}
+    ),
+    "ewc": lambda s: jaxreg.ewc(s, *[{"kernel": jnp.full((2, 3), 0.5)}] * 2),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULED.values(), ids=SCHEDULED)
+def test_a_strength_may_be_a_schedule(make, strict):
+    """In each step it is what the schedule's value at that step is, by itself."""
+    p = {"kernel": jnp.asarray(RNG.normal(size=(2, 3)), jnp.bfloat16)}
+    grads = {"kernel": jnp.asarray(np.sign(p["kernel"]), jnp.bfloat16)}
+    scheduled = make(lambda count: 0.25 * (count.astype(jnp.float32) + 1))
+    state = scheduled.init(p)
+    for t in range(3):
+        expected, _ = make(0.25 * (t + 1)).update(grads, state, p)
+        without, _ = make(0.0).update(grads, state, p)
+        updates, after = jax.jit(scheduled.update)(grads, state, p)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_close(updates, expected, rtol=2**-7)
+        assert jnp.abs(expected["kernel"] - without["kernel"]).max() > 0.05  # it acts
+        state = after
 
 
 def test_the_strength_of_a_timescale():

@@ -46,6 +46,30 @@ TRANSFORMATIONS = {
         ),
         ONE | {"decay.amount": pytest.approx(0.01)},
     ),
+    "with l2": (
+        jaxreg.regularize(
+            optax.scale_by_adam(),
+            0.1,
+            l2=jaxreg.l2_decay(lambda count: 0.3 / (count + 1), where="a"),
+            decay=jaxreg.weight_decay(0.1, where="b"),
+        ),
+        {"l2.amount": pytest.approx(0.3), "decay.amount": pytest.approx(0.01)},
+    ),
+    "a gate and a profile": (  # no part of the amount
+        jaxreg.weight_decay(0.1, 0.5, gate="cautious", profile="huber", where="**"),
+        {"decay.amount": pytest.approx(0.05)},
+    ),
+    "constrained_decay": (
+        jaxreg.constrained_decay(0.5, "uniform", mu=0.002, where="**"),
+        {  # of 41 and 169 above 0.5, with 2 weights and 1
+            "constrained_decay.multiplier": pytest.approx((0.0405 + 0.337) / 2),
+            "constrained_decay.largest": pytest.approx(0.337),
+        },
+    ),
+    "of no leaf": (
+        optax.masked(jaxreg.constrained_decay(), {"a": False, "b": False}),
+        {"constrained_decay.multiplier": 0, "constrained_decay.largest": 0},
+    ),
     "two in a chain": (
         optax.chain(jaxreg.clip_by_global_norm(6.5), jaxreg.clip_by_leaf_norm(3.0)),
         of("clip0", 13, 6.5, 0.5, 1, 0) | of("clip1", 6.5, np.hypot(2.5, 3), 0.5, 1, 0),
@@ -93,6 +117,14 @@ def test_names_and_values(name):
     under_jit = jax.jit(jaxreg.metrics)(state)
     assert {n: float(x) for n, x in under_jit.items()} == pytest.approx(expected)
     assert all(jnp.shape(x) == () for x in under_jit.values())
+
+
+def test_the_amount_of_a_spectral_decay():
+    w = jnp.ones((2, 2), jnp.bfloat16)
+    tx = jaxreg.regularize(optax.identity(), 0.5, decay=jaxreg.spectral_decay(jnp.bfloat16(0.25)))
+    _, state = tx.update(w, tx.init(w), w)
+    assert jaxreg.metrics(state) == {"spectral_decay.amount": 0.125}
+    assert jaxreg.metrics(state)["spectral_decay.amount"].dtype == jnp.float32
 
 
 def test_rates_and_counts_are_over_all_steps():

@@ -179,6 +179,11 @@ def jaxreg_path(tx):
     return run(jnp.array(GRADIENTS))
 
 
+def in_the_loss(penalty):
+    """A penalty's gradient, added as the loss's own: where Keras has its regularizers."""
+    return optax.stateless(lambda g, w: jax.tree.map(jnp.add, g, jax.grad(penalty.value)(w)))
+
+
 ADAM, MOMENTUM = optax.scale_by_adam(eps=EPS), optax.trace(0.9)
 DECAYS = {
     ("torch", "AdamW"): (
@@ -203,7 +208,40 @@ DECAYS = {
         ),
         lambda: jaxreg.regularize(MOMENTUM, LR, l2=jaxreg.l2_decay(2 * STRENGTH)),
     ),
+    ("keras", "SGD with L1"): (
+        lambda: keras_path(
+            lambda optim: optim.SGD(LR, momentum=0.9), lambda added: added.L1(STRENGTH)
+        ),
+        lambda: optax.chain(in_the_loss(jaxreg.L1(STRENGTH)), optax.sgd(LR, momentum=0.9)),
+    ),
+    ("keras", "SGD with L1L2"): (
+        lambda: keras_path(
+            lambda optim: optim.SGD(LR, momentum=0.9), lambda added: added.L1L2(STRENGTH, 0.1)
+        ),
+        lambda: optax.chain(
+            in_the_loss(jaxreg.L1(STRENGTH)),
+            jaxreg.regularize(MOMENTUM, LR, l2=jaxreg.l2_decay(0.2)),
+        ),
+    ),
 }
+
+
+# Keras: jaxreg's penalty of the same value.
+VALUES = {
+    "L1": (lambda keras: keras.L1(STRENGTH), jaxreg.L1(STRENGTH)),
+    "L2": (lambda keras: keras.L2(STRENGTH), jaxreg.L2(2 * STRENGTH)),
+    "L1L2": (lambda keras: keras.L1L2(STRENGTH, 0.1), jaxreg.L1(STRENGTH) + jaxreg.L2(0.2)),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_penalties_have_the_value_and_the_gradient_of_keras_regularizers(name, libraries, x64):
+    libraries("keras")
+    theirs, ours = VALUES[name]
+    theirs = theirs(importlib.import_module("keras").regularizers)
+    for w in (jnp.array(START), jnp.array(GRADIENTS)):
+        found, expected = (jax.value_and_grad(value)(w) for value in (ours.value, theirs))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
 @pytest.mark.parametrize(("library", "optimizer"), DECAYS)

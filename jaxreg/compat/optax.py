@@ -29,7 +29,6 @@ from jaxreg.compat import _numbers
 from jaxreg.compat._numbers import Number
 from jaxreg.compat._per_example import per_example_global_norm_clip, per_example_layer_norm_clip
 from jaxreg.transforms.clip import shrinking, times
-from jaxreg.transforms.decay import L2State
 
 __all__ = [
     "adaptive_grad_clip",
@@ -283,7 +282,8 @@ def add_decayed_weights(
         raise _check.ArgumentError("mask", _check.describe(mask), accepted)
 
     def init(params: optax.Params) -> optax.OptState:
-        return L2State(jnp.zeros((), jnp.int32)) if scheduled else optax.EmptyState()
+        count = jnp.zeros((), jnp.int32)
+        return optax.ScaleByScheduleState(count) if scheduled else optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -292,7 +292,7 @@ def add_decayed_weights(
         amount = strength
         if scheduled:
             amount = strength(state.count)
-            state = L2State(jnp.asarray(optax.safe_increment(state.count)))
+            state = state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
         if isinstance(amount, float) and amount == 0:
             return updates, state  # without reading the parameters
 

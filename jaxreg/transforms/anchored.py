@@ -10,7 +10,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import where as _where
 from jaxreg.norms import AxisNames, summed
-from jaxreg.transforms.selected import copies, moved, numbers, real_leaves
+from jaxreg.transforms.selected import at, copies, moved, numbers, real_leaves, stepped
 
 Number = float | jax.Array
 PyTree = Any
@@ -20,17 +20,19 @@ class SelectiveProjectionState(NamedTuple):
     """State of `selective_projection_decay`.
 
     Attributes:
+        count: steps taken, an int32 scalar: what schedules are called with.
         anchor: copies of the weights that the leaves chosen are drawn to, one for each of these.
         inner: the optimizer's state.
     """
 
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     anchor: tuple[jax.Array, ...]
     inner: Any
 
 
 def selective_projection_decay(
     inner: optax.GradientTransformation,
-    strength: Number = 1.0,
+    strength: Number | optax.Schedule = 1.0,
     *,
     toward: PyTree = "init",
     where: _where.Selector | str = _where.kernels,
@@ -50,7 +52,7 @@ def selective_projection_decay(
     Args:
         inner: a whole optimizer, such as ``optax.adamw(1e-4)``. It is wrapped because the decay
             needs the raw gradient: let this come first in any chain.
-        strength: a number >= 0, or a traced scalar.
+        strength: a number >= 0, a traced scalar, or a schedule.
         toward: the anchor: "init", the weights at ``init``, or a tree like params.
         where: the leaves it is for: a selector or a path pattern; by default kernels. Layers that
             are stacked in one leaf are decided on together.
@@ -62,9 +64,9 @@ def selective_projection_decay(
         anchor for the leaves chosen; updates keep their dtype. ``update`` needs ``params``.
 
     Raises:
-        ValueError: where the strength is negative or NaN, or `toward` is another word; at ``init``
-            where `toward` does not fit params, or the selector matches no leaf, or one that is not
-            real floating; at ``update`` where params are missing.
+        ValueError: where the strength is negative or NaN, or `toward` is another word; where params
+            are missing; at ``init`` where `toward` does not fit them, or the selector matches no
+            leaf, or one that is not real floating.
 
     Source: J. Tian, C. Huang and Z. Kira, *Rethinking weight decay for robust fine-tuning of
     foundation models*, NeurIPS 2024, arXiv:2411.01713.
@@ -77,18 +79,16 @@ def selective_projection_decay(
     [0.0, 1.0]
     """
     _check.transformation("inner", inner)
-    strength = _check.nonnegative("strength", strength)
+    strength = _check.number_or_schedule("strength", strength)
     if isinstance(toward, str):
         _check.choice("toward", toward, ["init"])
     selector = _where.as_selector(where)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SelectiveProjectionState:
+        anchor_of = copies("toward", toward, selector, params)
         real_leaves(selector, params)
-        from_init = isinstance(toward, str)
-        leaves = jax.tree.leaves(params)
-        anchor = leaves if from_init else _tree.leaves_like("toward", toward, params)
-        return SelectiveProjectionState(copies(selector, params, anchor), inner.init(params))
+        return SelectiveProjectionState(jnp.zeros((), jnp.int32), anchor_of, inner.init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -101,6 +101,7 @@ def selective_projection_decay(
         chosen = numbers(selector, params)
         anchors = [_tree.widen(p0) for p0 in state.anchor]
         pairs = [*zip(chosen, anchors, strict=True)]
+        own_strength = jnp.asarray(at(strength, state.count))
         ways = [_tree.widen(leaves[i]) - p0 for i, p0 in pairs]
         aways = [moved(leaves[i], moves[i]) - p0 for i, p0 in pairs]
         dots = [
@@ -114,27 +115,30 @@ def selective_projection_decay(
             grows = (descent > 0) & (after_step > before)
             share = jnp.where(grows & (before > 0), before / _or_one(after_step), 1)
             share = jnp.where(grows & (before == 0), 0, jnp.sqrt(share))
-            amount = jnp.asarray(strength).astype(dtype) * (1 - share).astype(dtype)
+            amount = own_strength.astype(dtype) * (1 - share).astype(dtype)
             moves[i] = (u.astype(dtype) - amount * away.astype(dtype)).astype(u.dtype)
-        return treedef.unflatten(moves), SelectiveProjectionState(state.anchor, after)
+        kept = SelectiveProjectionState(stepped(state.count), state.anchor, after)
+        return treedef.unflatten(moves), kept
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 class EwcState(NamedTuple):
-    """State of `ewc`: copies, one for each leaf chosen.
+    """State of `ewc`.
 
     Attributes:
-        anchor: the weights that the leaves are drawn to.
-        fisher: how strongly.
+        count: steps taken, an int32 scalar: what schedules are called with.
+        anchor: copies of the weights that the leaves chosen are drawn to, one for each of these.
+        fisher: how strongly; copies, too.
     """
 
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     anchor: tuple[jax.Array, ...]
     fisher: tuple[jax.Array, ...]
 
 
 def ewc(
-    strength: Number,
+    strength: Number | optax.Schedule,
     anchor: PyTree,
     fisher: PyTree,
     *,
@@ -147,7 +151,7 @@ def ewc(
     found for it. With F = 1 it is L2-SP. The paper's $\lambda$ is the strength.
 
     Args:
-        strength: a number >= 0, or a traced scalar.
+        strength: a number >= 0, a traced scalar, or a schedule.
         anchor: $p^*$, a tree like params.
         fisher: F, a tree like params of numbers >= 0.
         where: the leaves it is for: a selector or a path pattern; by default all.
@@ -159,7 +163,7 @@ def ewc(
     Raises:
         ValueError: where the strength is negative or NaN, or a number of `fisher` is; at ``init``
             where `anchor` or `fisher` does not fit params, or the selector matches no leaf, or one
-            that is not real floating; at ``update`` where params are missing.
+            that is not real floating; where params are missing.
 
     Source: J. Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, PNAS
     114(13), 2017.
@@ -172,7 +176,7 @@ def ewc(
     >>> [round(float(u), 4) + 0.0 for u in updates]
     [-0.2, 0.0]
     """
-    strength = _check.nonnegative("strength", strength)
+    strength = _check.number_or_schedule("strength", strength)
     for path, values in zip(_where.paths(fisher), jax.tree.leaves(fisher), strict=True):
         with _check.on_leaf(path):
             _check.nonnegative_array("fisher", values)
@@ -181,8 +185,8 @@ def ewc(
     def init(params: optax.Params) -> EwcState:
         real_leaves(selector, params)
         given = {"anchor": anchor, "fisher": fisher}
-        trees = (_tree.leaves_like(name, tree, params) for name, tree in given.items())
-        return EwcState(*(copies(selector, params, leaves) for leaves in trees))
+        kept = (copies(name, tree, selector, params) for name, tree in given.items())
+        return EwcState(jnp.zeros((), jnp.int32), *kept)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -190,13 +194,14 @@ def ewc(
         params = _check.params_given(params)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
+        own_strength = jnp.asarray(at(strength, state.count))
         kept = zip(state.anchor, state.fisher, strict=True)
         for i, (p0, f) in zip(numbers(selector, params), kept, strict=True):
             dtype = _tree.wide_dtype(moves[i].dtype)
-            factor = jnp.asarray(strength).astype(dtype) * f.astype(dtype)
+            factor = own_strength.astype(dtype) * f.astype(dtype)
             pull = factor * (leaves[i].astype(dtype) - p0.astype(dtype))
             moves[i] = (moves[i].astype(dtype) + pull).astype(moves[i].dtype)
-        return treedef.unflatten(moves), state
+        return treedef.unflatten(moves), state._replace(count=stepped(state.count))
 
     return optax.GradientTransformation(init, update)
 

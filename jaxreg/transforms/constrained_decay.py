@@ -51,10 +51,17 @@ def constrained_decay(
     reached, and on it as much as the gradient asks for. Its place is after the learning rate, as
     ``regularize(decay=...)`` or as a link behind an optimizer.
 
-    The sum that is held at the bound is that of $p'$, before the decay. A factor $1 - 2 \nu$ below
-    0 would turn the weights around, and one near 0 take them to nothing before $\nu$ can fall
-    (weights of mean square 1/2 above their bound). So where the decay would take weights outside
-    of the bound to less than half of it, they are scaled to the bound, and $\nu$ starts anew at 0.
+    The sum that is held at the bound is that of $p'$, before the decay.
+
+    Two things are not the paper's. First, it has $\mu$ in place of $\mu / n$: its $\mu$ is ``mu /
+    n`` of a leaf here, so that at the same number a multiplier here follows n times as slowly, at a
+    speed that does not depend on the leaf's size. (The authors' code is known both ways: as in the
+    paper, and with $\mu / n$ and a bound on the mean square, that is n times its kappa here.)
+    Second, its factor $1 - 2 \nu$ may be below 0, which turns the weights around, or near 0, which
+    takes them to nothing before $\nu$ can fall (weights of mean square 1/2 above their bound).
+    Here, where $\nu \ge 1/2$, or the decay would take weights outside of the bound to less than
+    half of it, these are scaled to the bound, and $\nu$ starts anew at 0; in the paper and in that
+    code there is no such branch.
 
     Args:
         kappa: a number > 0, or a traced scalar. It is about the sum of squares, not their mean: one
@@ -64,7 +71,7 @@ def constrained_decay(
             `warm_up` steps; "inflection": `kappa` times that of the step at which the growth of
             its exponential average (0.99 of the last one) first falls. With the last two there is
             no decay before.
-        mu: how fast $\nu$ follows, a number > 0, or a traced scalar.
+        mu: how fast $\nu$ follows, a number > 0, or a traced scalar: n times the paper's.
         warm_up: a number of steps >= 1, with "warm_start".
         where: the leaves it is for: a selector or a path pattern; by default kernels. Layers that
             are stacked in one leaf have one bound.
@@ -73,7 +80,8 @@ def constrained_decay(
 
     Returns:
         An optax transformation with state `ConstrainedDecayState`; updates keep their dtype.
-        ``update`` needs ``params``. It reads the weights once more than `jaxreg.weight_decay`.
+        ``update`` needs ``params``. The weights after the step are read and written once more than
+        in `jaxreg.weight_decay`, as their norm comes first.
 
     Raises:
         ValueError: where an argument is out of its range, or `warm_up` is missing or not needed;

@@ -26,7 +26,15 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.transforms.selected import at, copies, floating_leaves, numbers, rate_of, stepped
+from jaxreg.transforms.selected import (
+    at,
+    copies,
+    floating_leaves,
+    numbers,
+    product,
+    rate_of,
+    stepped,
+)
 
 Number = float | jax.Array
 Gate = Literal["all", "cautious"]
@@ -66,7 +74,8 @@ class DecayState(NamedTuple):
 
     Attributes:
         count: steps taken, int32: what schedules are called with.
-        amount: rate * strength of the last step, float32 (float64 for 64-bit parameters).
+        amount: rate * strength of the last step, float32 (float64 for 64-bit parameters): the share
+            that a plain decay takes. Gate, profile and anchor are not in it.
         anchor: what each decayed leaf is drawn to, in their order; () for 0.
     """
 
@@ -76,9 +85,15 @@ class DecayState(NamedTuple):
 
 
 class L2State(NamedTuple):
-    """What `l2_decay` keeps: steps taken, an int32 scalar, what schedules are called with."""
+    """What `l2_decay` keeps.
+
+    Attributes:
+        count: steps taken, an int32 scalar: what schedules are called with.
+        amount: the strength of the last step, float32 (float64 for 64-bit parameters).
+    """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    amount: jax.Array
 
 
 def weight_decay(
@@ -151,9 +166,6 @@ def weight_decay(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> DecayState:
-        if params is None and toward is not None:
-            given = f"{_check.describe(toward)} without parameters at init"
-            raise _check.ArgumentError("toward", given, "a call init(params) with the parameters")
         amount = jnp.zeros((), _tree.widest_dtype(floating_leaves(selector, params)))
         return DecayState(jnp.zeros((), jnp.int32), amount, _anchor(toward, params, selector))
 
@@ -168,16 +180,16 @@ def weight_decay(
         del extra_args
         params = _check.params_given(params)
         own_rate = rate_of(rate, learning_rate, state.count)
-        factors = [jnp.asarray(factor) for factor in (own_rate, at(strength, state.count))]
+        own_strength = at(strength, state.count)
 
         def decayed(u: jax.Array, p: jax.Array, anchor: jax.Array | None) -> jax.Array:
             dtype = _tree.wide_dtype(u.dtype)
             real = _tree.real_dtype(dtype)
-            first, second = (factor.astype(real) for factor in factors)
             move, away = u.astype(dtype), p.astype(dtype)
             if anchor is not None:
                 away -= anchor.astype(dtype)
-            pull = _PULLS[profile](away, first * second, jnp.asarray(delta).astype(real))
+            amount = product(own_rate, own_strength, real)
+            pull = _PULLS[profile](away, amount, jnp.asarray(delta).astype(real))
             if gate == "cautious":
                 pull = jnp.where(_moves_away(move, away), 0, pull)
             return (move - pull).astype(u.dtype)
@@ -192,7 +204,7 @@ def weight_decay(
             anchors = tuple(_followed(a, p, toward.decay) for a, p in pairs)
         for i, anchor in zip(chosen, anchors or [None] * len(chosen), strict=True):
             moves[i] = decayed(moves[i], leaves[i], anchor)
-        amount = jnp.prod(jnp.stack([f.astype(state.amount.dtype) for f in factors]))
+        amount = product(own_rate, own_strength, state.amount.dtype)
         after = DecayState(stepped(state.count), amount, anchors)
         return treedef.unflatten(moves), after
 
@@ -220,7 +232,8 @@ def l2_decay(
         where: the leaves it is for: a selector or a path pattern; by default kernels.
 
     Returns:
-        An optax transformation; gradients keep their dtype. ``update`` needs ``params``.
+        An optax transformation with state `L2State`; gradients keep their dtype. ``update`` needs
+        ``params``.
 
     Raises:
         ValueError: where the strength is negative or NaN; at ``init`` where the selector matches
@@ -237,8 +250,8 @@ def l2_decay(
     selector = _where.as_selector(where)
 
     def init(params: optax.Params) -> L2State:
-        floating_leaves(selector, params)
-        return L2State(jnp.zeros((), jnp.int32))
+        amount = jnp.zeros((), _tree.widest_dtype(floating_leaves(selector, params)))
+        return L2State(jnp.zeros((), jnp.int32), amount)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -252,8 +265,8 @@ def l2_decay(
             dtype = _tree.wide_dtype(g.dtype)
             return (g.astype(dtype) + amount.astype(dtype) * p.astype(dtype)).astype(g.dtype)
 
-        mask = selector.mask(params)
-        return jax.tree.map(add, updates, params, mask), L2State(stepped(state.count))
+        after = L2State(stepped(state.count), amount.astype(state.amount.dtype))
+        return jax.tree.map(add, updates, params, selector.mask(params)), after
 
     return optax.GradientTransformation(init, update)
 
@@ -285,12 +298,10 @@ def _anchor(toward: Any, params: Any, selector: _where.Selector) -> tuple[jax.Ar
     """What the state holds before the first step: copies, as parameters and states are donated."""
     if toward is None:
         return ()
-    leaves = jax.tree.leaves(params)
-    if not isinstance(toward, (str, ema)):
-        leaves = _tree.leaves_like("toward", toward, params)
-    anchors = copies(selector, params, leaves)
+    if not isinstance(toward, ema):
+        return copies("toward", toward, selector, params)
     # An average in 16 bits would soon stand still.
-    return tuple(map(_tree.widen, anchors)) if isinstance(toward, ema) else anchors
+    return tuple(map(_tree.widen, copies("toward", "init", selector, params)))
 
 
 def _followed(average: jax.Array, p: jax.Array, decay: Number) -> jax.Array:

@@ -1,6 +1,5 @@
 """The leaves that a transformation is for, and the rate of what comes after the learning rate."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,20 +34,28 @@ def floating_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
 
 
 def real_leaves(selector: _where.Selector, params: Any) -> list[jax.Array]:
-    """The same, where complex leaves are refused, too."""
-    chosen = floating_leaves(selector, params)
+    """The same, for states that depend on the parameters: these are not None, and no complex."""
+    chosen = floating_leaves(selector, _check.params_given(params, "init(params)"))
     _tree.check_real("params", _only(selector, params))
     return chosen
 
 
-def copies(
-    selector: _where.Selector, params: Any, leaves: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
-    """Copies of leaves where params are chosen: params may be donated, and changed.
+def copies(name: str, tree: Any, selector: _where.Selector, params: Any) -> tuple[jax.Array, ...]:
+    """Copies of a tree's leaves where params are chosen; "init" stands for params themselves.
 
-    As a tuple, which the state of any Flax optimizer can hold: an older ``nnx.Optimizer`` takes
-    each variable of a tree like params for an array.
+    Copies, as what is given may be donated, and changed. As a tuple, which the state of any Flax
+    optimizer can hold: an older ``nnx.Optimizer`` takes each variable of a tree like params for an
+    array.
+
+    Raises:
+        ValueError: in the name of an argument, where there are no params or the tree is not like
+            them.
     """
+    if params is None:
+        given = f"{_check.describe(tree)} without parameters at init"
+        raise _check.ArgumentError(name, given, "a call init(params) with the parameters")
+    own = isinstance(tree, str)
+    leaves = jax.tree.leaves(params) if own else _tree.leaves_like(name, tree, params)
     return tuple(jnp.copy(leaves[i]) for i in numbers(selector, params))
 
 
@@ -79,6 +86,11 @@ def rate_of(
 def at(value: Number | optax.Schedule, count: jax.Array) -> Any:
     """A number, or a schedule's value at a step."""
     return value(count) if _check.is_schedule(value) else value
+
+
+def product(rate: Any, strength: Any, dtype: Any) -> jax.Array:
+    """Rate * strength, which may have any dtypes, in one."""
+    return jnp.asarray(rate).astype(dtype) * jnp.asarray(strength).astype(dtype)
 
 
 def stepped(count: jax.Array) -> jax.Array:

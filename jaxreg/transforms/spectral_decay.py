@@ -21,6 +21,7 @@ from jaxreg.transforms.selected import (
     move_to,
     moved,
     numbers,
+    product,
     rate_of,
     real_leaves,
     stepped,
@@ -34,11 +35,14 @@ class SpectralDecayState(NamedTuple):
 
     Attributes:
         count: steps taken, an int32 scalar.
+        amount: rate * strength of the last step, float32 (float64 for 64-bit parameters): the share
+            of the largest singular values that decays.
         right: for each leaf chosen the right singular vectors of its matrices' largest singular
             values, as far as the iteration has come.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    amount: jax.Array
     right: tuple[jax.Array, ...]
 
 
@@ -95,7 +99,8 @@ def spectral_decay(
         leaves, paths = _matrices(selector, params), _where.paths(params)
         named = zip(leaves, numbers(selector, params), strict=True)
         starts = tuple(_start(paths[i], p) for p, i in named)
-        return SpectralDecayState(jnp.zeros((), jnp.int32), starts)
+        amount = jnp.zeros((), _tree.widest_dtype(leaves))
+        return SpectralDecayState(jnp.zeros((), jnp.int32), amount, starts)
 
     def update(
         updates: optax.Updates,
@@ -114,14 +119,14 @@ def spectral_decay(
         for k, i in enumerate(numbers(selector, params)):
             w = _tree.widen(leaves[i])
             leading = functools.partial(_leading, iterations)
-            factor = jnp.ones((), w.dtype)
-            for own in factors:
-                factor = factor * jnp.asarray(own).astype(w.dtype)
             component, rights[k] = _unsharded_rules(leading, w, rights[k])
             dtype = _tree.wide_dtype(moves[i].dtype)
-            step = moves[i].astype(dtype) - (factor * component).astype(dtype)
+            pull = product(*factors, w.dtype) * component
+            step = moves[i].astype(dtype) - pull.astype(dtype)
             moves[i] = step.astype(moves[i].dtype)
-        return treedef.unflatten(moves), SpectralDecayState(stepped(state.count), tuple(rights))
+        amount = product(*factors, state.amount.dtype)
+        after = SpectralDecayState(stepped(state.count), amount, tuple(rights))
+        return treedef.unflatten(moves), after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
