@@ -12,8 +12,20 @@ if TYPE_CHECKING:
     from jaxreg.diagnostics import metrics as metrics
     from jaxreg.explanation import Explanation as Explanation
     from jaxreg.explanation import explain as explain
+    from jaxreg.losses import confidence_penalty as confidence_penalty
+    from jaxreg.losses import entropy as entropy
+    from jaxreg.losses import focal_loss as focal_loss
+    from jaxreg.losses import gradient_penalty as gradient_penalty
+    from jaxreg.losses import jacobian_penalty as jacobian_penalty
     from jaxreg.losses import linear_cross_entropy as linear_cross_entropy
+    from jaxreg.losses import mixup_loss as mixup_loss
+    from jaxreg.losses import online_label_smoothing as online_label_smoothing
+    from jaxreg.losses import orthogonality_penalty as orthogonality_penalty
+    from jaxreg.losses import poly_loss as poly_loss
+    from jaxreg.losses import sigmoid_smoothed_cross_entropy as sigmoid_smoothed_cross_entropy
+    from jaxreg.losses import smooth_labels as smooth_labels
     from jaxreg.losses import smoothed_cross_entropy as smoothed_cross_entropy
+    from jaxreg.losses import symmetric_kl as symmetric_kl
     from jaxreg.noise import dropout as dropout
     from jaxreg.norms import global_norm as global_norm
     from jaxreg.norms import leaf_norms as leaf_norms
@@ -66,6 +78,8 @@ if TYPE_CHECKING:
     from jaxreg.penalties import TotalVariation as TotalVariation
     from jaxreg.penalties import TotalVariation2D as TotalVariation2D
     from jaxreg.penalties import UnitNorm as UnitNorm
+    from jaxreg.penalties import activity_penalty as activity_penalty
+    from jaxreg.penalties import penalty_value as penalty_value
     from jaxreg.transforms import adagc as adagc
     from jaxreg.transforms import adaptive_clip as adaptive_clip
     from jaxreg.transforms import asam as asam
@@ -202,6 +216,20 @@ _HOMES = {
     "proximal": "jaxreg.transforms",
     "regularize": "jaxreg.optimizers",
     "linear_cross_entropy": "jaxreg.losses",
+    "confidence_penalty": "jaxreg.losses",
+    "entropy": "jaxreg.losses",
+    "focal_loss": "jaxreg.losses",
+    "gradient_penalty": "jaxreg.losses",
+    "jacobian_penalty": "jaxreg.losses",
+    "mixup_loss": "jaxreg.losses",
+    "online_label_smoothing": "jaxreg.losses",
+    "orthogonality_penalty": "jaxreg.losses",
+    "poly_loss": "jaxreg.losses",
+    "sigmoid_smoothed_cross_entropy": "jaxreg.losses",
+    "smooth_labels": "jaxreg.losses",
+    "symmetric_kl": "jaxreg.losses",
+    "activity_penalty": "jaxreg.penalties",
+    "penalty_value": "jaxreg.penalties",
     "smoothed_cross_entropy": "jaxreg.losses",
     "ramda": "jaxreg.transforms",
     "rda": "jaxreg.transforms",

@@ -132,12 +132,12 @@ def strengths(name: str, value: Any) -> Any:
 
 def finite_array(name: str, value: Any) -> Any:
     """An array of finite numbers."""
-    return _array(name, value, "an array of finite numbers", np.isfinite)
+    return array(name, value, "an array of finite numbers", np.isfinite)
 
 
 def nonnegative_array(name: str, value: Any) -> Any:
     """An array of finite numbers >= 0."""
-    return _array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
+    return array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
 
 
 def weights(name: str, value: Any) -> Any:
@@ -145,7 +145,7 @@ def weights(name: str, value: Any) -> Any:
     return None if value is None else strengths(name, value)
 
 
-def _array(name: str, value: Any, accepted: str, holds: Callable[[np.ndarray], Any]) -> Any:
+def array(name: str, value: Any, accepted: str, holds: Callable[[np.ndarray], Any]) -> Any:
     """An array of real numbers for which `holds`, where it is concrete."""
     array = np.asarray(value) if isinstance(value, (list, tuple, float, int)) else value
     if not is_real(array):

@@ -201,6 +201,22 @@ def reduced(losses: jax.Array, own: jax.Array, classes: Classes, options: Option
     return jnp.sum(losses) * inverse(jnp.sum(own))
 
 
+def mean_or_sum(
+    losses: jax.Array, reduction: Reduction, counts: jax.Array | None = None
+) -> jax.Array:
+    """Losses of which only those that `counts` chooses exist, reduced; the mean of none is 0."""
+    _check.choice("reduction", reduction, get_args(Reduction))
+    if counts is not None:
+        losses = jnp.where(counts, losses, 0)
+    if reduction == "none":
+        return losses
+    total = jnp.sum(losses)
+    if reduction == "sum":
+        return total
+    number = losses.size if counts is None else jnp.sum(counts)
+    return total * inverse(jnp.asarray(number, total.dtype))
+
+
 def inverse(number: jax.Array) -> jax.Array:
     """1 / number, and 0 of 0: the mean of nothing is 0."""
     return jnp.where(number > 0, 1 / jnp.where(number > 0, number, 1), 0)

@@ -1,0 +1,335 @@
+"""Losses of predicted classes beside the cross-entropy: of one class among two or many."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import _check, _tree
+from jaxreg.losses.cross_entropy import smoothed_cross_entropy
+from jaxreg.losses.targets import Number, Reduction, mean_or_sum
+
+
+def sigmoid_smoothed_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    smoothing: Number = 0.1,
+    *,
+    positive_weight: Any = None,
+    where: Any = None,
+    reduction: Reduction = "none",
+) -> jax.Array:
+    r"""Cross-entropy of two classes, or of many that do not exclude each other.
+
+    $-w \, q \log \sigma(x) - (1 - q) \log \sigma(-x)$ with $q = (1 - e) y + e / 2$, as Keras'
+    ``BinaryCrossentropy(label_smoothing=e)`` has it; without smoothing it is torch's
+    ``BCEWithLogitsLoss(pos_weight=w)``.
+
+    Args:
+        logits: x, real floating, of any shape.
+        labels: y of the same shape: bools, the integers 0 and 1, or probabilities.
+        smoothing: e in [0, 1), or a traced scalar.
+        positive_weight: w, a number >= 0 or an array that broadcasts with the logits.
+        where: bools that broadcast with the logits: the entries that count. The others have the
+            loss 0, whatever they hold.
+        reduction: "none" for the loss of each entry, "sum", or "mean" over those that count (0
+            where none does).
+
+    Returns:
+        An array of the logits' shape, or a scalar; float32 (float64 for 64-bit logits).
+
+    Raises:
+        ValueError: where an argument is out of its range or shapes do not fit.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> losses = jaxreg.sigmoid_smoothed_cross_entropy(jnp.array([0.0, 4.0]), jnp.array([0, 1]))
+    >>> [round(float(loss), 4) for loss in losses]
+    [0.6931, 0.2181]
+    """
+    e = _check.fraction("smoothing", smoothing)
+    x = _logits(logits)
+    y = jnp.asarray(labels)
+    if y.shape != x.shape or not (y.dtype == bool or _check.is_real(y)):
+        accepted = f"bools, 0 and 1, or probabilities of shape {x.shape}"
+        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+    if _check.is_concrete(labels):
+        _check.array("labels", labels, "numbers from 0 to 1", lambda v: (v >= 0) & (v <= 1))
+    counts = None
+    if where is not None:
+        counts = _exist(where, x.shape)
+        # Twice: an entry that does not count may be NaN, whose derivative would be, too.
+        x = jnp.where(counts, x, 0)
+    e = jnp.asarray(e).astype(x.dtype)
+    q = (1 - e) * y.astype(x.dtype) + e / 2
+    positive = q * jax.nn.softplus(-x)
+    if positive_weight is not None:
+        weight = jnp.asarray(_check.strengths("positive_weight", positive_weight))
+        positive *= _fitting("positive_weight", weight, x.shape).astype(x.dtype)
+    losses = positive + (1 - q) * jax.nn.softplus(x)
+    return mean_or_sum(losses, reduction, counts)
+
+
+def focal_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    gamma: Number = 2.0,
+    *,
+    class_weights: Any = None,
+    ignore_index: int | None = None,
+    where: Any = None,
+    axis: int = -1,
+    reduction: Reduction = "none",
+) -> jax.Array:
+    r"""Cross-entropy in which easy examples weigh less, $-w_y (1 - p_y)^\gamma \log p_y$.
+
+    Args:
+        logits: as in `jaxreg.smoothed_cross_entropy`.
+        labels: class indices, integers of the logits' shape without `axis`.
+        gamma: $\gamma$ >= 0, or a traced scalar; 0 gives the cross-entropy.
+        class_weights: w, K numbers >= 0 (the paper's alpha).
+        ignore_index: the label of examples that have no loss and do not count.
+        where: bools that broadcast with the logits: the classes that exist.
+        axis: of the classes.
+        reduction: "none"; "sum"; or "mean" over the examples whose label is not ignored.
+
+    Returns:
+        The loss of each example, or a scalar; float32 (float64 for 64-bit logits).
+
+    Raises:
+        ValueError: as `jaxreg.smoothed_cross_entropy` does, or where gamma is negative or NaN.
+
+    Source: T.-Y. Lin et al., *Focal loss for dense object detection*, ICCV 2017, arXiv:1708.02002.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 0])
+    >>> [round(float(loss), 4) for loss in jaxreg.focal_loss(logits, labels)]
+    [0.0018, 0.1733]
+    """
+    gamma = _check.nonnegative("gamma", gamma)
+    options = {"ignore_index": ignore_index, "where": where, "axis": axis}
+    nll = _nll(labels, logits, **options)
+    weighted = nll
+    if class_weights is not None:
+        weighted = _nll(labels, logits, class_weights=class_weights, **options)
+    falls = -jnp.expm1(-nll)  # 1 - p, of which no digit is lost
+    # A power has no derivative at 0, where the loss is 0 to first order (for gamma > 0).
+    power = jnp.where(falls > 0, falls, 1) ** jnp.asarray(gamma).astype(nll.dtype)
+    losses = jnp.where(falls > 0, power, falls) * weighted
+    return mean_or_sum(losses, reduction, _counts(labels, ignore_index))
+
+
+def poly_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    epsilon: Number = 1.0,
+    smoothing: Number = 0.0,
+    *,
+    ignore_index: int | None = None,
+    where: Any = None,
+    axis: int = -1,
+    reduction: Reduction = "none",
+) -> jax.Array:
+    r"""Poly-1: cross-entropy with another first coefficient, $L + \epsilon \sum_k q_k (1 - p_k)$.
+
+    The cross-entropy is $\sum_j (1 - p_y)^j / j$; this is it with $1 + \epsilon$ for j = 1. q are
+    the smoothed labels.
+
+    Args:
+        logits: as in `jaxreg.smoothed_cross_entropy`.
+        labels: class indices, integers of the logits' shape without `axis`.
+        epsilon: $\epsilon$ >= -1, or a traced scalar.
+        smoothing: e in [0, 1), or a traced scalar.
+        ignore_index: the label of examples that have no loss and do not count.
+        where: bools that broadcast with the logits: the classes that exist.
+        axis: of the classes.
+        reduction: "none"; "sum"; or "mean" over the examples whose label is not ignored.
+
+    Returns:
+        The loss of each example, or a scalar; float32 (float64 for 64-bit logits).
+
+    Raises:
+        ValueError: as `jaxreg.smoothed_cross_entropy` does, or where epsilon is below -1 or NaN.
+
+    Source: Z. Leng et al., *PolyLoss*, ICLR 2022, arXiv:2204.12511.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> round(float(jaxreg.poly_loss(jnp.array([[0.0, 0.0]]), jnp.array([1]), 2.0)[0]), 4)
+    1.6931
+    """
+    epsilon = _check.scalar("epsilon", epsilon, "a number >= -1", lambda v: v >= -1)
+    options = {"ignore_index": ignore_index, "where": where, "axis": axis}
+    nll = _nll(labels, logits, **options)
+    losses = smoothed_cross_entropy(logits, labels, smoothing, **options)
+    e = jnp.asarray(smoothing).astype(nll.dtype)
+    number = jnp.shape(logits)[axis]
+    if where is not None:
+        exist = jnp.broadcast_to(jnp.asarray(where), jnp.shape(logits))
+        number = jnp.sum(exist, axis, nll.dtype)
+    # The probabilities add up to 1: what the smoothing adds is the same for all.
+    falls = (1 - e) * -jnp.expm1(-nll) + e * (1 - 1 / jnp.asarray(number, nll.dtype))
+    counts = _counts(labels, ignore_index)
+    added = jnp.asarray(epsilon).astype(nll.dtype) * falls
+    losses += added if counts is None else jnp.where(counts, added, 0)
+    return mean_or_sum(losses, reduction, counts)
+
+
+def entropy(
+    logits: jax.Array, *, where: Any = None, axis: int = -1, reduction: Reduction = "none"
+) -> jax.Array:
+    r"""The entropy of predicted classes in nats, $H(p) = -\sum_k p_k \log p_k$, p = softmax(x).
+
+    Args:
+        logits: x, real floating, with the classes along `axis`; -inf for an impossible class.
+        where: bools that broadcast with the logits: the classes that exist.
+        axis: of the classes.
+        reduction: "none" for each example, "mean" or "sum".
+
+    Returns:
+        The entropy of each example, of the logits' shape without `axis`, or a scalar; float32
+        (float64 for 64-bit logits).
+
+    Raises:
+        ValueError: where an argument does not fit.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> print(jaxreg.entropy(jnp.array([[0.0, 0.0, -jnp.inf], [9.0, 0.0, 0.0]])).round(4))
+    [0.6931 0.0025]
+    """
+    log_p, p = _log_softmax(_logits(logits), where, axis)
+    return mean_or_sum(-jnp.sum(p * log_p, axis), reduction)
+
+
+def confidence_penalty(
+    logits: jax.Array,
+    strength: Number = 0.1,
+    *,
+    where: Any = None,
+    axis: int = -1,
+    reduction: Reduction = "none",
+) -> jax.Array:
+    r"""The negative entropy of predicted classes, $-\beta H(p)$, to be added to a loss.
+
+    Args:
+        logits: as in `jaxreg.entropy`, like what follows.
+        strength: $\beta$ >= 0, or a traced scalar.
+        where: bools that broadcast with the logits: the classes that exist.
+        axis: of the classes.
+        reduction: "none" for each example, "mean" or "sum".
+
+    Returns:
+        As `jaxreg.entropy`: at most 0.
+
+    Raises:
+        ValueError: where an argument does not fit, or the strength is negative or NaN.
+
+    Source: G. Pereyra et al., *Regularizing neural networks by penalizing confident output
+    distributions*, 2017, arXiv:1701.06548.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> print(jaxreg.confidence_penalty(jnp.array([[0.0, 0.0], [9.0, 0.0]])).round(4))
+    [-0.0693 -0.0001]
+    """
+    strength = _check.nonnegative("strength", strength)
+    found = entropy(logits, where=where, axis=axis, reduction=reduction)
+    return -jnp.asarray(strength).astype(found.dtype) * found
+
+
+def symmetric_kl(
+    logits: jax.Array,
+    other_logits: jax.Array,
+    *,
+    where: Any = None,
+    axis: int = -1,
+    reduction: Reduction = "none",
+) -> jax.Array:
+    r"""How two predictions differ, $\frac12 (KL(p \| q) + KL(q \| p))$, as R-Drop has it.
+
+    That is $\frac12 \sum_k (p_k - q_k) (\log p_k - \log q_k)$, 0 or more. R-Drop adds it, times a
+    strength, to the mean loss of two passes with different dropout masks. It is differentiated in
+    both.
+
+    Args:
+        logits: of p, real floating, with the classes along `axis`.
+        other_logits: of q, of the same shape.
+        where: bools that broadcast with the logits: the classes that exist.
+        axis: of the classes.
+        reduction: "none" for each example, "mean" or "sum".
+
+    Returns:
+        One number for each example, of the logits' shape without `axis`, or a scalar; float32
+        (float64 for 64-bit logits). Infinite where only one of them holds a class impossible.
+
+    Raises:
+        ValueError: where an argument does not fit.
+
+    Source: X. Liang et al., *R-Drop: regularized dropout for neural networks*, NeurIPS 2021,
+    arXiv:2106.14448.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> kl = jaxreg.symmetric_kl(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]]))
+    >>> print(kl.round(4))
+    [0.1155]
+    """
+    x, other = _logits(logits), _logits(other_logits, "other_logits")
+    if x.shape != other.shape:
+        raise _check.ArgumentError("other_logits", _check.describe(other), f"shape {x.shape}")
+    (log_p, p), (log_q, q) = (_log_softmax(z, where, axis, -jnp.inf) for z in (x, other))
+    both = jnp.isfinite(log_p) & jnp.isfinite(log_q)
+    apart = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
+    terms = jnp.where(both | (p == q), (p - q) * apart, jnp.inf)
+    return mean_or_sum(jnp.sum(terms, axis) / 2, reduction)
+
+
+# Pieces -------------------------------------------------------------------------------------------
+
+
+def _logits(logits: Any, name: str = "logits") -> jax.Array:
+    logits = jnp.asarray(logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise _check.ArgumentError(name, _check.describe(logits), "a real floating array")
+    return _tree.widen(logits)
+
+
+def _fitting(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        accepted = f"an array that broadcasts to {shape}"
+        raise _check.ArgumentError(name, _check.describe(array), accepted) from None
+
+
+def _exist(where: Any, shape: tuple[int, ...]) -> jax.Array:
+    exist = jnp.asarray(where)
+    if exist.dtype != bool:
+        raise _check.ArgumentError("where", _check.describe(where), "bools")
+    return _fitting("where", exist, shape)
+
+
+def _nll(labels: Any, logits: jax.Array, **options: Any) -> jax.Array:
+    """-log p of integer labels."""
+    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+        raise _check.ArgumentError("labels", _check.describe(labels), "integers")
+    return smoothed_cross_entropy(logits, labels, 0.0, **options)
+
+
+def _counts(labels: Any, ignore_index: int | None) -> jax.Array | None:
+    return None if ignore_index is None else jnp.asarray(labels) != ignore_index
+
+
+def _log_softmax(
+    x: jax.Array, where: Any, axis: int, impossible: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Log p, which is `impossible` for impossible classes, and p."""
+    if x.ndim == 0:
+        raise _check.ArgumentError("logits", _check.describe(x), "an array with an axis of classes")
+    axis = _check.axis("axis", axis, x)
+    possible = x != -jnp.inf
+    if where is not None:
+        possible &= _exist(where, x.shape)
+    largest = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=possible)
+    largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
+    # Selected twice: what is not chosen has a derivative of its own, which may be NaN.
+    below = jnp.where(possible, x, 0) - largest
+    log_sum = jnp.log(jnp.sum(jnp.exp(below), axis, keepdims=True, where=possible))
+    log_p = below - log_sum
+    return jnp.where(possible, log_p, impossible), jnp.where(possible, jnp.exp(log_p), 0)
