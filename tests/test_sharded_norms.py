@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -166,6 +167,19 @@ def test_a_bad_entry_on_one_device_is_seen_by_all():
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+def test_adaptive_clip_refuses_the_pieces_of_units():
+    """Their norms are not those of the units: under jit sharded units are whole."""
+    tx = jaxreg.adaptive_clip(0.01)
+    update = lambda g, w: tx.update(g, tx.init(w), w)[0]  # noqa: E731
+    for specs in ((P("x", "y"), P("x", "y")), (P("x"), P()), (P(), P("y"))):
+        both = jax.shard_map(update, mesh=mesh_of(), in_specs=specs, out_specs=P("x", "y"))
+        with pytest.raises(ValueError, match=r"^updates: got arrays that differ .*; accepted"):
+            jax.jit(both)(jnp.ones((8, 4)), jnp.ones((8, 4)))
+    whole = jax.shard_map(update, mesh=mesh_of(), in_specs=P(), out_specs=P())
+    found = jax.jit(whole)(jnp.ones((8, 4)), jnp.ones((8, 4)))
+    np.testing.assert_allclose(found, 0.01, rtol=1e-6)
+
+
 def test_skip_step_and_value_clips_decide_together():
     tree = grads()
     tree["both"] = tree["both"].at[0, 0].set(jnp.inf)
@@ -190,14 +204,29 @@ def test_an_axis_that_is_not_bound_is_named(norm):
 
 @pytest.mark.parametrize("bad", [3, "", ("x", "x"), ("x", 1)], ids=str)
 def test_an_axis_name_that_is_none_is_refused(bad):
-    with pytest.raises(ValueError, match=r"^axis_name: got .*; accepted: the name of a mesh axis"):
-        jaxreg.global_norm(grads(), axis_name=bad)
+    for tree in (grads(), [jnp.zeros((0, 3))], {}):
+        with pytest.raises(ValueError, match=r"^axis_name: got .*; accepted: the name of a mesh"):
+            jaxreg.global_norm(tree, axis_name=bad)
 
 
-@pytest.mark.parametrize("name", CLIPS)
+# Other transformations that take an axis; a value clip needs it under one policy only.
+WITH_AXIS = CLIPS | {
+    "clip_by_value": lambda **kw: jaxreg.clip_by_value(0.1, **kw),
+    "spike_aware_clip": lambda **kw: jaxreg.spike_aware_clip(optax.scale_by_adam(), **kw),
+    "clip_update_rms of a direction": lambda **kw: jaxreg.clip_update_rms(
+        direction=optax.scale_by_adam(), **kw
+    ),
+    "skip_step": lambda **kw: jaxreg.skip_step(optax.identity(), **kw),
+}
+
+
+@pytest.mark.parametrize("name", WITH_AXIS)
 def test_a_clip_names_an_axis_that_is_not_bound(name):
-    with pytest.raises(ValueError, match="axis_name: got 'data', which is not bound"):
-        clipped(CLIPS[name](axis_name="data"))(grads())
+    for tree in (grads(), {}):
+        for axis_name in ("data", 3):
+            tx = WITH_AXIS[name](axis_name=axis_name)
+            with pytest.raises(ValueError, match=f"^axis_name: got {axis_name!r}"):
+                tx.update(tree, tx.init(tree))
 
 
 def test_an_axis_of_vmap_is_one():

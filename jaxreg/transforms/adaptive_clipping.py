@@ -1,5 +1,6 @@
 """Gradient clipping whose limits follow the weights, or the norms of earlier steps."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import groups as _groups
 from jaxreg import where as _where
-from jaxreg.norms import AxisNames, norms_of_groups
+from jaxreg.norms import AxisNames, norms_of_groups, varying_axes
 from jaxreg.transforms.clip import (
     Clipped,
     OnNonfinite,
@@ -47,11 +48,12 @@ def adaptive_clip(
 
     Returns:
         An optax transformation whose state is a `ClipState`. ``update`` needs ``params``. Units may
-        be sharded under ``jit``, not inside ``shard_map``.
+        be sharded under ``jit``, not inside ``shard_map``, where a device has only a piece of them.
 
     Raises:
         ValueError: where a number is out of its range; at ``init`` where a leaf has no such axes,
-            or the selector matches none.
+            or the selector matches none; at ``update`` where a leaf differs from device to device
+            (which is not known with ``check_vma=False`` and in ``pmap``).
 
     Source: A. Brock, S. De, S. Smith and K. Simonyan, *High-performance large-scale image
     recognition without normalization*, ICML 2021.
@@ -76,6 +78,7 @@ def adaptive_clip(
     def rule(seen: Seen) -> Clipped:
         chosen = jax.tree.leaves(selector.mask(seen.updates))
         grads = [finite(g) if on_nonfinite == "zero" else g for g in seen.leaves]
+        _refuse_pieces((*grads, *seen.params))
         units = [grouping(g, yes) for g, yes in zip(grads, chosen, strict=True)]
         sizes = [_tree.widen(_real(x)) for x in (*grads, *seen.params)]
         found = _groups.norms([*zip([*units, *units], sizes, strict=True)])
@@ -99,6 +102,14 @@ def adaptive_clip(
         return ()
 
     return clip(rule, on_nonfinite, memory=memory, records=False, needs_params=True)
+
+
+def _refuse_pieces(leaves: Sequence[jax.Array]) -> None:
+    """Raises where devices hold different pieces of a leaf, whose units would have their norms."""
+    if names := sorted(frozenset[str]().union(*map(varying_axes, leaves))):
+        given = f"arrays that differ along the mesh axes {', '.join(names)}"
+        accepted = "arrays that are whole on each device: sharded ones under jit, not in shard_map"
+        raise _check.ArgumentError("updates", given, accepted)
 
 
 def _real(x: jax.Array) -> jax.Array:

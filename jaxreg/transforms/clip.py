@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxreg import _check, _tree
-from jaxreg.norms import AxisNames, norms_of_groups
+from jaxreg.norms import AxisNames, bound_axes, norms_of_groups
 
 OnNonfinite = Literal["propagate", "skip", "zero"]
 POLICIES = get_args(OnNonfinite)
@@ -253,6 +253,7 @@ def policed(
     axis_name: AxisNames | None,
 ) -> tuple[list[jax.Array], Any]:
     """Leaves whose entries were cut, by the policy; only "skip" has to look at all of them."""
+    bound_axes(axis_name)  # an error under each policy
     if on_nonfinite == "zero":
         pairs = zip(cut, leaves, strict=True)
         return [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs], state
