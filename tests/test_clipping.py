@@ -183,15 +183,23 @@ def test_inject_hyperparams_takes_no_selector_for_a_schedule():
         assert (found["body"] != params["body"]).all()
 
 
-def test_the_mask_of_a_masked_clip_is_of_the_parameters_at_update_too():
-    """`optax.masked` calls a mask on the updates; a selector sees paths, which they share."""
-    params = {"a": jnp.full((2, 2), 3.0), "b": jnp.full((2, 2), 3.0)}
-    tx = jaxreg.clip_by_group_norm({"a": 1.0})
-    clipped, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params))
-    chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.zeros_like, params))
-    clipped, _ = tx.update(params, tx.init(params))
-    chex.assert_trees_all_close(clipped["a"], jnp.full((2, 2), 0.5))
-    chex.assert_trees_all_equal(clipped["b"], params["b"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda where: jaxreg.clip_by_group_norm({where: 0.1}),
+        lambda where: jaxreg.adaptive_clip(0.01, where=where),
+    ],
+    ids=["clip_by_group_norm", "adaptive_clip"],
+)
+def test_the_mask_of_a_masked_clip_is_of_the_parameters_at_update_too(make):
+    """`optax.masked` calls a mask on the updates, whose dtypes may be others."""
+    where = jaxreg.where.predicate(lambda path, leaf: leaf.dtype == jnp.float32)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)}
+    grads = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}
+    tx = make(where)
+    clipped, _ = tx.update(grads, tx.init(params), params)
+    assert (clipped["a"] < 0.1).all()
+    chex.assert_trees_all_equal(clipped["b"], grads["b"])
 
 
 # Leaves, groups, entries -------------------------------------------------------------------------
@@ -507,20 +515,30 @@ def test_bad_arguments_are_named(call, text):
     message(error)
 
 
-POLICED = [
-    *CLIPS.values(),
-    lambda **kw: jaxreg.clip_by_value(1.0, **kw),
-    lambda **kw: jaxreg.skip_step(optax.sgd(0.1), **kw),
-    lambda **kw: jaxreg.per_example_clip(lambda w: w, 1.0, **kw),
-    lambda **kw: jaxreg.spike_aware_clip(optax.scale_by_adam(), **kw),
-]
+OF_GRADIENTS = CLIPS | {
+    "clip_by_value": lambda **kw: jaxreg.clip_by_value(1.0, **kw),
+    "skip_step": lambda **kw: jaxreg.skip_step(optax.sgd(0.1), **kw),
+    "spike_aware_clip": lambda **kw: jaxreg.spike_aware_clip(optax.scale_by_adam(), **kw),
+}
+POLICED = OF_GRADIENTS | {
+    "per_example_clip": lambda **kw: jaxreg.per_example_clip(lambda w: w, 1.0, **kw)
+}
 
 
-@pytest.mark.parametrize("number", range(len(POLICED)))
-def test_a_policy_that_there_is_not_is_named(number):
+@pytest.mark.parametrize("name", POLICED)
+def test_a_policy_that_there_is_not_is_named(name):
     for bad in ("ignore", "Skip", None):
         with pytest.raises(ValueError, match="^on_nonfinite: got .*propagate, skip, zero") as error:
-            POLICED[number](on_nonfinite=bad)
+            POLICED[name](on_nonfinite=bad)
+        message(error)
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_gradients_that_are_not_floating_are_named_at_update(name):
+    tx, w = OF_GRADIENTS[name](), {"a": {"w": jnp.ones(2)}}
+    for bad, given in ((jnp.ones(2, int), "int32 values"), (1.5, "1.5")):
+        with pytest.raises(ValueError, match=f"^updates: got {given} on the leaf a/w") as error:
+            tx.update({"a": {"w": bad}}, tx.init(w), w)
         message(error)
 
 

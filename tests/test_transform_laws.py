@@ -77,6 +77,22 @@ def test_finite_gradients_give_finite_updates(case: TransformCase, scale):
         chex.assert_tree_all_finite(updates)
 
 
+@pytest.mark.parametrize("case", [c for c in TRANSFORMS if c.passes_frozen], ids=lambda c: c.name)
+def test_a_frozen_leaf_has_no_gradient_and_no_update(case: TransformCase):
+    """Its None is passed on, and the others move as if its gradient were 0."""
+    tx, p = case.make(0.5), tree("float32")
+    state = whole_state = tx.init(p)
+    for scale in (1.0, 5.0, 0.3):
+        grads = tree("float32", scale)
+        whole = {**grads, "kernel": jnp.zeros((4, 4))}
+        expected, whole_state = tx.update(whole, whole_state, p)
+        updates, state = tx.update({**grads, "kernel": None}, state, p)
+        assert updates["kernel"] is None
+        chex.assert_trees_all_close(updates["other"], expected["other"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, whole_state)
+    chex.assert_trees_all_close(state, whole_state)
+
+
 @pytest.mark.parametrize("case", [c for c in TRANSFORMS if c.takes_complex], ids=lambda c: c.name)
 def test_complex_gradients_are_treated_by_their_modulus(case: TransformCase):
     """A phase that all entries share changes nothing else."""

@@ -76,14 +76,15 @@ def adaptive_clip(
             raise _check.ArgumentError("units", error.given, error.accepted) from None
 
     def rule(seen: Seen) -> Clipped:
-        chosen = jax.tree.leaves(selector.mask(seen.updates))
+        chosen = jax.tree.leaves(selector.mask(seen.params))
+        weights = jax.tree.structure(seen.updates).flatten_up_to(seen.params)
         grads = [finite(g) if on_nonfinite == "zero" else g for g in seen.leaves]
-        _refuse_pieces((*grads, *seen.params))
+        _refuse_pieces((*grads, *weights))
         units = [grouping(g, yes) for g, yes in zip(grads, chosen, strict=True)]
-        sizes = [_tree.widen(_real(x)) for x in (*grads, *seen.params)]
+        sizes = [_tree.widen(_real(x)) for x in (*grads, *weights)]
         found = _groups.norms([*zip([*units, *units], sizes, strict=True)])
-        before, weights = found[: len(grads)], found[len(grads) :]
-        each = [coefficient_of(*pair) for pair in zip(before, weights, strict=True)]
+        before, of_weights = found[: len(grads)], found[len(grads) :]
+        each = [coefficient_of(*pair) for pair in zip(before, of_weights, strict=True)]
         each = [c if yes else jnp.ones_like(c) for c, yes in zip(each, chosen, strict=True)]
         after = [c * norm for c, norm in zip(each, before, strict=True)]
         coefficients = [own.spread(c) for own, c in zip(units, each, strict=True)]

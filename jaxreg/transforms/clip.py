@@ -60,10 +60,10 @@ class NonfiniteState(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a rule is given: the gradients, the parameters' leaves, and its memory."""
+    """What a rule is given: the gradients, the parameters (None if not given), and its memory."""
 
     updates: optax.Updates
-    params: list[jax.Array]
+    params: optax.Params | None
     memory: Any
     norms: Callable[[Sequence[Sequence[jax.Array]]], jax.Array]
     """Norms of groups of leaves, as `jaxreg.norms.norms_of_groups` makes them."""
@@ -107,7 +107,7 @@ def clip(
         memory: the rule's memory before the first step, from the parameters.
         per_leaf: whether each leaf has a coefficient of its own.
         records: whether the coefficients are scalars, to be kept in the state.
-        needs_params: whether the rule looks at the parameters.
+        needs_params: whether the rule can't do without the parameters.
     """
     _check.choice("on_nonfinite", on_nonfinite, POLICIES)
 
@@ -127,10 +127,13 @@ def clip(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipState]:
-        leaves, treedef = jax.tree.flatten(updates)
-        own = treedef.flatten_up_to(_check.params_given(params)) if needs_params else []
+        if needs_params:
+            _check.params_given(params)
+        whole = with_frozen(updates, params)
+        leaves, treedef = jax.tree.flatten(whole)
         if per_leaf and records and len(leaves) != state.coefficients.size:
             given, accepted = f"{len(leaves)} leaves", f"{state.coefficients.size}, as at init"
+            accepted += " (for a leaf without a gradient, None, and update(grads, state, params))"
             raise _check.ArgumentError("updates", given, accepted)
         finite_norms: list[jax.Array] = []
 
@@ -144,7 +147,7 @@ def clip(
             )
             return jax.lax.cond(finite_norms[-1], lambda: found, cleaned)
 
-        found = rule(Seen(updates, own, state.memory, norms))
+        found = rule(Seen(whole, params, state.memory, norms))
         # One norm serves the clip, the check for infinities and NaNs, and the log.
         is_finite = jnp.isfinite(found.norm)
         if on_nonfinite == "zero":
@@ -163,9 +166,33 @@ def clip(
         after = _state(state, found, is_finite, records)
         if on_nonfinite == "skip":  # A proximal step takes the coefficients for its gain.
             after = after._replace(coefficients=jnp.where(is_finite, after.coefficients, 0))
-        return treedef.unflatten(clipped), after
+        return without_frozen(treedef.unflatten(clipped), updates), after
 
     return optax.GradientTransformation(init, update)
+
+
+def with_frozen(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """Gradients, with 0 for those of frozen leaves, which are None, where params are given.
+
+    Raises:
+        ValueError: where a leaf is not a floating array.
+    """
+    _tree.check_floating("updates", updates)
+    if params is None or not any(map(_is_none, jax.tree.leaves(updates, is_leaf=_is_none))):
+        return updates
+    zeros = lambda p: jax.tree.map(jnp.zeros_like, p)  # noqa: E731
+    filled = lambda g, p: zeros(p) if g is None else g  # noqa: E731
+    return jax.tree.map(filled, updates, params, is_leaf=_is_none)
+
+
+def without_frozen(moved: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """What became of gradients `with_frozen`: None again where they are."""
+    emptied = lambda g, u: None if g is None else u  # noqa: E731
+    return jax.tree.map(emptied, updates, moved, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _state(before: ClipState, found: Clipped, is_finite: jax.Array, records: bool) -> ClipState:
