@@ -30,7 +30,7 @@ class ClipState(NamedTuple):
             for each leaf; of a clip by units the smallest. In [0, 1], 0 for a gradient that was
             skipped, and NaN where the norm is.
         count: the number of steps, int32.
-        clipped: of steps that were clipped, int32.
+        clipped: of steps that were clipped, int32; one that was skipped is none of them.
         nonfinite: of steps with an infinite norm or a NaN, int32.
         memory: what the clip keeps of earlier steps; () for most.
     """
@@ -165,7 +165,10 @@ def clip(
             clipped = [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs]
         after = _state(state, found, is_finite, records)
         if on_nonfinite == "skip":  # A proximal step takes the coefficients for its gain.
-            after = after._replace(coefficients=jnp.where(is_finite, after.coefficients, 0))
+            after = after._replace(
+                coefficients=jnp.where(is_finite, after.coefficients, 0),
+                clipped=jnp.where(is_finite, after.clipped, state.clipped),
+            )
         return without_frozen(treedef.unflatten(clipped), updates), after
 
     return optax.GradientTransformation(init, update)
