@@ -217,7 +217,7 @@ def zclip(
         An optax transformation whose state is a `ClipState`.
 
     Raises:
-        ValueError: where an argument is out of its range.
+        ValueError: where an argument is out of its range, or the decay in 16 bits.
 
     Source: A. Kumar, L. Owen, N. Roy Chowdhury and F. Gura, *ZClip: adaptive spike mitigation for
     LLM pre-training*, 2025, arXiv:2504.02507.
@@ -231,7 +231,7 @@ def zclip(
     [2.625]
     """
     z, eps = _check.positive_finite("z", z), _check.positive_finite("eps", eps)
-    decay = _check.fraction("decay", decay)
+    decay = _check.decay("decay", decay)
     warm_up = _check.whole_number("warm_up", warm_up, at_least=2)
 
     def rule(seen: Seen) -> Clipped:
@@ -300,7 +300,7 @@ def adagc(
         An optax transformation whose state is a `ClipState` with one coefficient a leaf.
 
     Raises:
-        ValueError: where an argument is out of its range.
+        ValueError: where an argument is out of its range, or the decay in 16 bits.
 
     Source: G. Wang et al., *AdaGC: improving training stability for large language model
     pretraining*, 2025, arXiv:2502.11034.
@@ -313,7 +313,7 @@ def adagc(
     >>> [round(float(x), 3) for x in clipped]
     [1.05]
     """
-    ratio, decay = _check.above_one("ratio", ratio), _check.fraction("decay", decay)
+    ratio, decay = _check.above_one("ratio", ratio), _check.decay("decay", decay)
     max_norm = _check.positive("max_norm", max_norm)
     warm_up = _check.whole_number("warm_up", warm_up, at_least=1)
 

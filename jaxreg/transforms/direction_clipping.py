@@ -131,7 +131,8 @@ def clip_update_rms(
         clipped, seen = clip_of(ratios).update(moved, state.clip, params)
         if on_nonfinite == "skip":
             seen = seen._replace(nonfinite=counted.nonfinite)
-        return without_frozen(clipped, updates), ClippedDirectionState(inner, seen)
+        new = _tree.with_dtypes_of(state, ClippedDirectionState(inner, seen))
+        return without_frozen(clipped, updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -193,7 +194,8 @@ def spike_aware_clip(
         moved, inner = read.direction.update(
             treedef.unflatten(cut), state.direction, params, **extra_args
         )
-        return without_frozen(moved, updates), ClippedDirectionState(inner, seen)
+        new = _tree.with_dtypes_of(state, ClippedDirectionState(inner, seen))
+        return without_frozen(moved, updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 

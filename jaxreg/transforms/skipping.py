@@ -112,6 +112,7 @@ def skip_step(
             skipped &= is_finite
         moved, after = inner.update(grads, state.inner, params, **extra_args)
         moved = jax.tree.map(lambda u: jnp.where(skipped, 0, u), moved)
+        after = _tree.with_dtypes_of(state.inner, after)
         after = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, state.inner)
         history = state.history.at[remembered % window].set(norm)
         return without_frozen(moved, updates), SkipState(
