@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxreg
+from jaxreg import norms
 
 pytestmark = pytest.mark.core
 
@@ -267,14 +268,53 @@ def test_a_cpu_has_a_second_collective_in_the_branch_alone(name):
     assert re.search(rf"(branch_computations|true_computation|false_computation).*{branch}", text)
 
 
+def collectives_of(tx):
+    """In a step, of which the numbers that all devices share are kept."""
+
+    def update(tree):
+        updates, state = tx.update(tree, tx.init(tree), tree)
+        return updates, [x for x in jax.tree.leaves(state) if not norms.varying_axes(x)]
+
+    return collectives(mapped(update, (SPECS, P())), grads())
+
+
+# Of those that need another number: cuts of entries look at all of them under "skip" alone, and a
+# direction is given what was skipped before its updates are clipped.
+NUMBERS = {
+    "clip_by_value": {"propagate": 0, "zero": 0},
+    "spike_aware_clip": {"propagate": 0, "zero": 0},
+    "clip_update_rms of a direction": {"skip": 2},
+}
+
+
 @pytest.mark.usefixtures("by_select")
-@pytest.mark.parametrize("name", [name for name in CLIPS if name != "torch"])
-def test_one_collective_serves_a_clip(name):
-    make = CLIPS[name]
-    for policy in ("propagate", "skip"):
-        tx = make(axis_name=AXES, on_nonfinite=policy)
-        function = mapped(lambda tree, tx=tx: tx.update(tree, tx.init(tree))[0], SPECS)
-        assert collectives(function, grads()) == {"all-reduce": 1}
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("name", WITH_AXIS)
+def test_one_collective_serves_a_clip(name, policy):
+    found = collectives_of(WITH_AXIS[name](axis_name=AXES, on_nonfinite=policy))
+    number = NUMBERS.get(name, {}).get(policy, 1)
+    assert found == ({"all-reduce": number} if number else {})
+
+
+@pytest.mark.usefixtures("by_select")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_step_that_may_be_left_out_shares_the_norm_of_its_clip(name, policy):
+    clip = CLIPS[name](axis_name=AXES)
+    tx = jaxreg.skip_step(clip, axis_name=AXES, on_nonfinite=policy)
+    assert collectives_of(tx) == collectives_of(clip) == {"all-reduce": 1}
+
+
+@pytest.mark.usefixtures("by_select")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+def test_one_collective_serves_gradients_that_are_clipped_example_by_example(policy):
+    loss = lambda w, x: jnp.sum(w["a"] @ x) + jnp.sum(w["b"] * x)  # noqa: E731
+    clip = jaxreg.per_example_clip(loss, 1.0, axis_name="x", on_nonfinite=policy)
+    function = jax.shard_map(
+        lambda w, x: clip(w, x)[0], mesh=mesh_of(), in_specs=(P(), P("x")), out_specs=P()
+    )
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    assert collectives(function, params, jnp.ones((8, 4))) == {"all-reduce": 1}
 
 
 # Under jit ---------------------------------------------------------------------------------------

@@ -135,23 +135,20 @@ def clip(
             given, accepted = f"{len(leaves)} leaves", f"{state.coefficients.size}, as at init"
             accepted += " (for a leaf without a gradient, None, and update(grads, state, params))"
             raise _check.ArgumentError("updates", given, accepted)
-        finite_norms: list[jax.Array] = []
+        all_finite: list[jax.Array] = []
 
         def norms(groups: Sequence[Sequence[jax.Array]]) -> jax.Array:
-            found = norms_of_groups(groups, axis_name)
-            finite_norms.append(jnp.all(jnp.isfinite(found)))
             if on_nonfinite != "zero":
-                return found
-            cleaned = lambda: norms_of_groups(  # noqa: E731
-                [[finite(x) for x in group] for group in groups], axis_name
-            )
-            return jax.lax.cond(finite_norms[-1], lambda: found, cleaned)
+                return norms_of_groups(groups, axis_name)
+            found, are_finite = norms_of_finite(groups, axis_name)
+            all_finite.append(are_finite)
+            return found
 
         found = rule(Seen(whole, params, state.memory, norms))
         # One norm serves the clip, the check for infinities and NaNs, and the log.
         is_finite = jnp.isfinite(found.norm)
         if on_nonfinite == "zero":
-            is_finite = (finite_norms or [jnp.isfinite(norms_of_groups([leaves], axis_name)[0])])[0]
+            is_finite = (all_finite or [jnp.isfinite(norms_of_groups([leaves], axis_name)[0])])[0]
         if on_nonfinite == "skip":
             found = found._replace(clipped_norm=jnp.where(is_finite, found.clipped_norm, 0))
         each = found.coefficients
@@ -255,6 +252,30 @@ _widened_bfloat16.defjvps(lambda tangent, _, x: _tree.widen(tangent))
 def finite(x: jax.Array) -> jax.Array:
     """The entries of x, 0 for what is infinite or NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def norms_of_finite(
+    groups: Sequence[Sequence[jax.Array]], axis_name: AxisNames | None
+) -> tuple[jax.Array, jax.Array]:
+    """The norm of each group's finite entries, and whether the groups' whole norms are finite.
+
+    Both at once, with one collective; on a CPU a second time where they are not (`jaxreg.norms`).
+    """
+
+    def cleaned() -> list[list[jax.Array]]:
+        return [[finite(x) for x in group] for group in groups]
+
+    def by_branch() -> tuple[jax.Array, jax.Array]:
+        found = norms_of_groups(groups, axis_name)
+        are_finite = jnp.all(jnp.isfinite(found))
+        again = lambda: norms_of_groups(cleaned(), axis_name)  # noqa: E731
+        return jax.lax.cond(are_finite, lambda: found, again), are_finite
+
+    def by_select() -> tuple[jax.Array, jax.Array]:
+        found = norms_of_groups([*groups, *cleaned()], axis_name)
+        return found[len(groups) :], jnp.all(jnp.isfinite(found[: len(groups)]))
+
+    return jax.lax.platform_dependent(cpu=by_branch, default=by_select)
 
 
 def shrinking(norm: jax.Array, limit: Any) -> jax.Array:

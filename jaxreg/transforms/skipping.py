@@ -8,7 +8,14 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg.norms import AxisNames, norms_of_groups
-from jaxreg.transforms.clip import POLICIES, OnNonfinite, finite, with_frozen, without_frozen
+from jaxreg.transforms.clip import (
+    POLICIES,
+    OnNonfinite,
+    finite,
+    norms_of_finite,
+    with_frozen,
+    without_frozen,
+)
 
 Number = float | jax.Array
 
@@ -97,14 +104,16 @@ def skip_step(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SkipState]:
         grads = with_frozen(updates, params)
-        norm = norms_of_groups([jax.tree.leaves(grads)], axis_name)[0].astype(state.norm.dtype)
-        is_finite = jnp.isfinite(norm)
+        groups = [jax.tree.leaves(grads)]
+        if on_nonfinite == "zero":
+            norms, is_finite = norms_of_finite(groups, axis_name)
+            grads = jax.tree.map(finite, grads)
+        else:
+            norms = norms_of_groups(groups, axis_name)
+            is_finite = jnp.isfinite(norms[0])
+        norm = norms[0].astype(state.norm.dtype)
         remembered = state.count - state.nonfinite
         limit = _limit(state.history, remembered, sigmas)
-        if on_nonfinite == "zero":
-            grads = jax.tree.map(finite, grads)
-            cleaned = lambda: norms_of_groups([jax.tree.leaves(grads)], axis_name)[0]  # noqa: E731
-            norm = jax.lax.cond(is_finite, lambda: norm, lambda: cleaned().astype(norm.dtype))
         skipped = norm > limit
         if on_nonfinite == "skip":
             skipped |= ~is_finite
