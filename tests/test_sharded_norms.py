@@ -305,6 +305,10 @@ def test_a_step_that_may_be_left_out_shares_the_norm_of_its_clip(name, policy):
     assert collectives_of(tx) == collectives_of(clip) == {"all-reduce": 1}
 
 
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10),
+    reason="XLA combined the sums of different leaves less before",
+)
 @pytest.mark.usefixtures("by_select")
 @pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
 def test_one_collective_serves_gradients_that_are_clipped_example_by_example(policy):

@@ -109,9 +109,9 @@ def skip_step(
             norms, is_finite = norms_of_finite(groups, axis_name)
             grads = jax.tree.map(finite, grads)
         else:
-            norms = norms_of_groups(groups, axis_name)
-            is_finite = jnp.isfinite(norms[0])
+            norms, is_finite = norms_of_groups(groups, axis_name), True
         norm = norms[0].astype(state.norm.dtype)
+        is_finite &= jnp.isfinite(norm)  # in the dtype that it is remembered in
         remembered = state.count - state.nonfinite
         limit = _limit(state.history, remembered, sigmas)
         skipped = norm > limit
