@@ -178,6 +178,16 @@ def fraction(name: str, value: Any) -> Any:
     return scalar(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
+def decay(name: str, value: Any) -> Any:
+    """A scalar in [0, 1) that has 32 bits at least if it is an array: in bfloat16 .999 is 1."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and "float" in dtype.name and dtype.itemsize < 4:
+        accepted = "a number in [0, 1), of 32 bits at least (under optax.inject_hyperparams with "
+        accepted += f'hyperparam_dtype=jnp.float32, or static_args="{name}")'
+        raise ArgumentError(name, f"a number of dtype {dtype.name}", accepted)
+    return fraction(name, value)
+
+
 def number_or_schedule(name: str, value: Any) -> Any:
     """A finite scalar >= 0, or an optax schedule (checked by nobody until it is called)."""
     return value if is_schedule(value) else nonnegative(name, value)

@@ -35,6 +35,16 @@ def wide_copy(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.array(x, wide_dtype(x.dtype), copy=True), tree)
 
 
+def with_dtypes_of(before: PyTree, after: PyTree) -> PyTree:
+    """A state after a step, in the dtypes that it had before, as the carry of a scan has to be."""
+
+    def cast(a: Any, b: Any) -> Any:
+        dtype = getattr(b, "dtype", None)
+        return a if dtype == getattr(a, "dtype", None) else jnp.asarray(a, dtype)
+
+    return jax.tree.map(cast, after, before)
+
+
 def widest_dtype(tree: PyTree) -> Any:
     """float64 where a leaf holds 64-bit floats, else float32."""
     wide = any(jnp.finfo(leaf.dtype).bits == 64 for leaf in jax.tree.leaves(tree))

@@ -122,9 +122,9 @@ def norms_of_groups(
     leaves = [leaf for group in groups for leaf in group]
     owners = [g for g, group in enumerate(groups) for _ in group]
     dtype = _tree.widest_dtype(leaves)
+    names = sharding_axes(leaves, axis_name)
     if not any(leaf.size for leaf in leaves):
         return jnp.zeros(len(groups), dtype)
-    names = sharding_axes(leaves, axis_name)
 
     def total(numbers: Sequence[jax.Array]) -> jax.Array:
         """The sums over the leaves and devices of each group, of numbers or vectors a leaf."""

@@ -148,7 +148,7 @@ def prox_sgd(
         An optax transformation. ``update`` needs ``params``.
 
     Raises:
-        ValueError: as `jaxreg.proximal` does, or where momentum is out of its range.
+        ValueError: as `jaxreg.proximal` does, or where momentum is out of its range or in 16 bits.
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> tx = jaxreg.prox_sgd(0.5, jaxreg.L1(1.0))
@@ -159,7 +159,7 @@ def prox_sgd(
     """
     if momentum is None:
         return proximal(optax.identity(), learning_rate, penalty, metric=_metric.sgd())
-    decay = _check.fraction("momentum", momentum)
+    decay = _check.decay("momentum", momentum)
     trace = optax.trace(decay, nesterov)
     return proximal(trace, learning_rate, penalty, metric=_metric.momentum(decay))
 
@@ -199,7 +199,8 @@ def prox_adam(
         An optax transformation. ``update`` needs ``params``.
 
     Raises:
-        ValueError: as `jaxreg.proximal` does, or where a number is out of its range.
+        ValueError: as `jaxreg.proximal` does, or where a number is out of its range, or a decay in
+            16 bits, where .999 is 1.
 
     Source: J. Yun, A. Lozano and E. Yang, *Adaptive proximal gradient methods for structured
     neural networks*, NeurIPS 2021.
@@ -211,7 +212,7 @@ def prox_adam(
     >>> optax.apply_updates(w, updates)[1].item()
     0.0
     """
-    b1 = _check.fraction("b1", b1)
+    b1 = _check.decay("b1", b1)
     gain = _metric.adam(b2, eps, eps_root)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     return proximal(adam, learning_rate, penalty, metric=gain)
@@ -259,7 +260,7 @@ def prox_adamw(
     [1.8, 0.1375]
     """
     decay = _link("weight_decay", weight_decay, _check.number_or_schedule, _weight_decay)
-    b1 = _check.fraction("b1", b1)
+    b1 = _check.decay("b1", b1)
     gain = _metric.adam(b2, eps, eps_root)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     return proximal(adam, learning_rate, penalty, metric=gain, decay=decay)
@@ -299,7 +300,8 @@ def prox_rmsprop(
         An optax transformation. ``update`` needs ``params``.
 
     Raises:
-        ValueError: as `jaxreg.proximal` does, or where a number is out of its range.
+        ValueError: as `jaxreg.proximal` does, or where a number is out of its range, or a decay in
+            16 bits, where .999 is 1.
 
     Source: T. Tieleman and G. Hinton, *Lecture 6.5: RMSProp*, 2012.
 
@@ -318,7 +320,7 @@ def prox_rmsprop(
     direction = scale_by(decay, eps, initial_scale, **options)
     if momentum is None:
         return proximal(direction, learning_rate, penalty, metric=gain)
-    share = _check.fraction("momentum", momentum)
+    share = _check.decay("momentum", momentum)
     direction = optax.chain(direction, optax.trace(share, nesterov))
     with_momentum = dataclasses.replace(gain, factor=1 / (1 - share))
     return proximal(direction, learning_rate, penalty, metric=with_momentum)

@@ -91,6 +91,8 @@ class TransformCase(Case):
     # Whether what it does to one leaf depends on the others.
     joins_leaves: bool = dataclasses.field(kw_only=True, default=False)
     takes_complex: bool = dataclasses.field(kw_only=True, default=False)
+    # Whether a leaf's gradient may be None.
+    passes_frozen: bool = dataclasses.field(kw_only=True, default=False)
     # For two sharded kernels in one step, a branch for norms out of range included.
     collectives: int = dataclasses.field(kw_only=True, default=0)
     # Whether it depends on the paths of leaves: what is random has an address.
@@ -492,18 +494,28 @@ CASES: list[Case] = [
         jaxreg.clip_by_global_norm,
         joins_leaves=True,
         takes_complex=True,
+        passes_frozen=True,
         collectives=4,
     ),
-    _transform("clip_by_leaf_norm", jaxreg.clip_by_leaf_norm, takes_complex=True, collectives=4),
+    _transform(
+        "clip_by_leaf_norm",
+        jaxreg.clip_by_leaf_norm,
+        takes_complex=True,
+        passes_frozen=True,
+        collectives=4,
+    ),
     _transform(
         "clip_by_group_norm",
         lambda s: jaxreg.clip_by_group_norm({"**": s}),
         joins_leaves=True,
         takes_complex=True,
+        passes_frozen=True,
         collectives=4,
     ),
-    _transform("clip_by_value", jaxreg.clip_by_value, takes_complex=True),
-    _transform("adaptive_clip", jaxreg.adaptive_clip, takes_complex=True, collectives=7),
+    _transform("clip_by_value", jaxreg.clip_by_value, takes_complex=True, passes_frozen=True),
+    _transform(
+        "adaptive_clip", jaxreg.adaptive_clip, takes_complex=True, passes_frozen=True, collectives=7
+    ),
     # Their limits are those of earlier steps: in the first one no strength shows.
     _transform(
         "autoclip",
@@ -512,6 +524,7 @@ CASES: list[Case] = [
         has_strength=False,
         joins_leaves=True,
         takes_complex=True,
+        passes_frozen=True,
         collectives=4,
     ),
     _transform(
@@ -520,6 +533,7 @@ CASES: list[Case] = [
         has_strength=False,
         joins_leaves=True,
         takes_complex=True,
+        passes_frozen=True,
         collectives=4,
     ),
     _transform(
@@ -528,12 +542,20 @@ CASES: list[Case] = [
         has_strength=False,
         joins_leaves=True,
         takes_complex=True,
+        passes_frozen=True,
         collectives=4,
     ),
-    _transform("clip_update_rms", jaxreg.clip_update_rms, takes_complex=True, collectives=4),
+    _transform(
+        "clip_update_rms",
+        jaxreg.clip_update_rms,
+        takes_complex=True,
+        passes_frozen=True,
+        collectives=4,
+    ),
     _transform(
         "spike_aware_clip",
         lambda s: jaxreg.spike_aware_clip(optax.scale_by_rss(0.01), s),
+        passes_frozen=True,
         holds_optax=True,
     ),
     _transform(
@@ -542,6 +564,7 @@ CASES: list[Case] = [
         has_strength=False,
         joins_leaves=True,
         holds_optax=True,
+        passes_frozen=True,
         collectives=4,
     ),
     _transform("l2_decay", jaxreg.l2_decay, takes_complex=True),

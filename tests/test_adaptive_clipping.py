@@ -132,6 +132,20 @@ def test_axes_that_there_are_not_are_named_as_units_at_init():
         jaxreg.adaptive_clip(where="head").init({"w": jnp.ones((4, 3))})
 
 
+def test_a_clip_by_units_records_the_smallest_coefficient():
+    clip, w = jaxreg.adaptive_clip(0.01), jnp.ones((3, 2))
+    _, state = clip.update(10 * w, clip.init(w), w)
+    assert float(state.coefficients) == pytest.approx(1e-3)
+
+
+def test_units_are_those_of_the_leaves_that_are_clipped():
+    params = {"conv": jnp.ones((3, 3, 2, 4)), "head": jnp.ones((4, 2))}
+    clip = jaxreg.adaptive_clip(0.01, units=jaxreg.groups.axes(0, 1, 2), where="conv")
+    clipped, _ = clip.update(params, clip.init(params), params)
+    chex.assert_trees_all_equal(clipped["head"], params["head"])
+    assert (clipped["conv"] < 1).all()
+
+
 # By the norms of earlier steps -------------------------------------------------------------------
 
 
@@ -188,6 +202,14 @@ def test_zclip_cuts_nothing_in_a_warm_up_and_little_after_equal_norms():
     assert_agree(found, steps)
     found, states = run(jaxreg.zclip(warm_up=3), steps, np.ones(4))
     assert float(states[-1].clipped_norm) == pytest.approx(2.0)  # the mean: the deviation is 0
+
+
+def test_a_norm_whose_square_overflows_does_not_switch_zclip_off():
+    clip = jaxreg.zclip(warm_up=3)
+    state = clip.init(jnp.zeros(1))
+    for g in (1.0, 1e20, 1.0, 2.0, 1.0, 1e6):
+        clipped, state = clip.update(jnp.array([g]), state)
+    assert float(clipped[0]) < 10
 
 
 def adagc(steps, ratio, decay, max_norm, warm_up):

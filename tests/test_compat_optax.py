@@ -3,6 +3,7 @@ not. What optax gives there is in the names and comments alone: it may be mended
 """
 
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from errors import message
 
 from jaxreg.compat import optax as compat
 
@@ -442,6 +444,32 @@ def test_alpha_is_checked(bad):
 def test_refuses_integer_labels():
     with pytest.raises(ValueError, match=r"^labels: got .*int32; accepted: a real floating array"):
         compat.smooth_labels(jnp.array([0, 2]), 0.1)
+
+
+@pytest.mark.parametrize("bad", [5, -3, "x", 1.0, (0, 0), (0, -2), (0, "x")], ids=str)
+def test_an_axis_that_there_is_not_is_named(bad):
+    clip = lambda: compat.adaptive_grad_clip(0.1, axis=bad).update(LABELS, None, LABELS)  # noqa: E731
+    for call in (
+        lambda: compat.smooth_labels(LABELS, 0.1, axis=bad),
+        lambda: compat.unitwise_norm(LABELS, bad),
+        clip,
+    ):
+        with pytest.raises(ValueError, match=f"^axis: got {re.escape(repr(bad))}") as error:
+            call()
+        message(error)
+
+
+@pytest.mark.parametrize("bad", ["x", 1.0, (0, "x")], ids=str)
+def test_an_axis_that_is_no_integer_is_named_at_construction(bad):
+    with pytest.raises(ValueError, match=r"^axis: got .*; accepted: an axis, several, or None"):
+        compat.adaptive_grad_clip(0.1, axis=bad)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2, 3), (3, 2)], ids=str)
+def test_classes_that_do_not_broadcast_with_the_labels_are_named(shape):
+    with pytest.raises(ValueError, match=r"^where: got .*; accepted: bools that broadcast") as e:
+        compat.smooth_labels(LABELS, 0.1, where=jnp.ones(shape, bool))
+    message(e)
 
 
 # Constraints -------------------------------------------------------------------------------------

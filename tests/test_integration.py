@@ -1,5 +1,6 @@
 """With optax's wrappers, flax's optimizers and states, other trees, and checkpoints."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import TRANSFORMS, TransformCase
+from errors import message
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
@@ -113,6 +115,49 @@ def test_inject_hyperparams_takes_a_schedule_and_leaves_a_penalty_alone():
     schedule = optax.linear_schedule(0.1, 0.0, 4)
     tx = optax.inject_hyperparams(jaxreg.prox_adam)(learning_rate=schedule, penalty=jaxreg.L1(0.5))
     chex.assert_trees_all_close(run(tx), run(jaxreg.prox_adam(schedule, jaxreg.L1(0.5))), rtol=1e-5)
+
+
+BF16 = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+L1 = jaxreg.L1(0.1)
+WITH_DECAYS = {  # a factory, its arguments, and which of them are decays
+    "prox_sgd": (jaxreg.prox_sgd, {"penalty": L1, "momentum": 0.9}, {"momentum"}),
+    "prox_adam": (jaxreg.prox_adam, {"penalty": L1}, {"b1", "b2"}),
+    "prox_adamw": (jaxreg.prox_adamw, {"penalty": L1}, {"b1", "b2"}),
+    "prox_rmsprop": (jaxreg.prox_rmsprop, {"penalty": L1, "momentum": 0.9}, {"decay", "momentum"}),
+    "zclip": (jaxreg.zclip, {}, {"decay"}),
+    "adagc": (jaxreg.adagc, {}, {"decay"}),
+    "rmda": (jaxreg.rmda, {"penalty": L1, "momentum": 0.9}, {"momentum"}),
+}
+FLAGS = ("nesterov", "eps_in_sqrt", "centered", "bias_correction", "warm_up")
+
+
+def injected(name, **options):
+    make, arguments, _ = WITH_DECAYS[name]
+    rate = {} if name in ("zclip", "adagc") else {"learning_rate": 0.1}
+    static = [flag for flag in FLAGS if flag in inspect.signature(make).parameters]
+    return optax.inject_hyperparams(make, static, **options)(**rate, **arguments)
+
+
+@pytest.mark.parametrize("name", WITH_DECAYS)
+def test_a_decay_in_16_bits_is_named_with_the_remedy(name):
+    """optax: inject_hyperparams makes it 1 beside weights of bfloat16, and then NaN."""
+    with pytest.raises(ValueError, match="dtype bfloat16; .*hyperparam_dtype=jnp.float32") as error:
+        jax.jit(injected(name).init)(BF16)
+    assert error.value.name in WITH_DECAYS[name][2]
+    message(error)
+
+
+@pytest.mark.parametrize("name", WITH_DECAYS)
+def test_hyperparameters_of_float32_leave_a_bf16_state_the_carry_of_a_scan(name):
+    tx = injected(name, hyperparam_dtype=jnp.float32)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(lambda p: 0.3 * p, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (BF16, tx.init(BF16)), None, length=3)
+    chex.assert_tree_all_finite(params)
 
 
 def test_extra_arguments_reach_the_direction():

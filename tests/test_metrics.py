@@ -127,6 +127,16 @@ def test_the_amount_of_a_spectral_decay():
     assert jaxreg.metrics(state)["spectral_decay.amount"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf], ids=str)
+@pytest.mark.parametrize("make", [jaxreg.clip_by_global_norm, jaxreg.clip_by_leaf_norm])
+def test_a_step_that_is_skipped_is_not_clipped(make, bad):
+    """Nor where a large leaf lies beside the bad one."""
+    small, spoilt = jax.tree.map(lambda g: g / 100, GRADS), GRADS | {"b": jnp.array([bad])}
+    found = told(make(1.0, on_nonfinite="skip"), GRADS, small, GRADS, spoilt, small)
+    assert found["clip.clip_rate"] == pytest.approx(0.4)
+    assert found["clip.nonfinite"] == 1
+
+
 def test_rates_and_counts_are_over_all_steps():
     small, bad = jax.tree.map(lambda g: g / 100, GRADS), jax.tree.map(lambda g: g * jnp.nan, GRADS)
     tx = jaxreg.clip_by_global_norm(1.0, on_nonfinite="skip")

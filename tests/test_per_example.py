@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import message
 from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
@@ -122,6 +123,22 @@ def test_noise_is_added_to_the_clipped_gradient_with_a_traced_multiplier_too():
     chex.assert_trees_all_close(jax.jit(noisy)(1.5), noisy(1.5), rtol=1e-5)
     one, two = (jax.tree.map(jnp.subtract, noisy(s), plain) for s in (1.0, 2.0))
     chex.assert_trees_all_close(jax.tree.map(lambda x: 2 * x, one), two, rtol=1e-4)
+
+
+def test_noise_needs_a_limit():
+    with pytest.raises(
+        ValueError, match=r"^max_norm: got inf; accepted: a finite .*noise"
+    ) as error:
+        jaxreg.per_example_clip(loss, np.inf, noise_multiplier=1.0)
+    message(error)
+    plain, _ = jaxreg.per_example_clip(loss, np.inf)(PARAMS, X, Y)
+
+    @jax.jit
+    def clipped(sigma):
+        clip = jaxreg.per_example_clip(loss, np.inf, noise_multiplier=sigma)
+        return clip(PARAMS, X, Y, key=jax.random.key(0))[0]
+
+    chex.assert_trees_all_close(clipped(0.0), plain, rtol=1e-6)
 
 
 def test_noise_needs_a_key():

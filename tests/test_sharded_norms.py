@@ -6,10 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxreg
+from jaxreg import norms
 
 pytestmark = pytest.mark.core
 
@@ -166,6 +168,19 @@ def test_a_bad_entry_on_one_device_is_seen_by_all():
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+def test_adaptive_clip_refuses_the_pieces_of_units():
+    """Their norms are not those of the units: under jit sharded units are whole."""
+    tx = jaxreg.adaptive_clip(0.01)
+    update = lambda g, w: tx.update(g, tx.init(w), w)[0]  # noqa: E731
+    for specs in ((P("x", "y"), P("x", "y")), (P("x"), P()), (P(), P("y"))):
+        both = jax.shard_map(update, mesh=mesh_of(), in_specs=specs, out_specs=P("x", "y"))
+        with pytest.raises(ValueError, match=r"^updates: got arrays that differ .*; accepted"):
+            jax.jit(both)(jnp.ones((8, 4)), jnp.ones((8, 4)))
+    whole = jax.shard_map(update, mesh=mesh_of(), in_specs=P(), out_specs=P())
+    found = jax.jit(whole)(jnp.ones((8, 4)), jnp.ones((8, 4)))
+    np.testing.assert_allclose(found, 0.01, rtol=1e-6)
+
+
 def test_skip_step_and_value_clips_decide_together():
     tree = grads()
     tree["both"] = tree["both"].at[0, 0].set(jnp.inf)
@@ -190,14 +205,29 @@ def test_an_axis_that_is_not_bound_is_named(norm):
 
 @pytest.mark.parametrize("bad", [3, "", ("x", "x"), ("x", 1)], ids=str)
 def test_an_axis_name_that_is_none_is_refused(bad):
-    with pytest.raises(ValueError, match=r"^axis_name: got .*; accepted: the name of a mesh axis"):
-        jaxreg.global_norm(grads(), axis_name=bad)
+    for tree in (grads(), [jnp.zeros((0, 3))], {}):
+        with pytest.raises(ValueError, match=r"^axis_name: got .*; accepted: the name of a mesh"):
+            jaxreg.global_norm(tree, axis_name=bad)
 
 
-@pytest.mark.parametrize("name", CLIPS)
+# Other transformations that take an axis; a value clip needs it under one policy only.
+WITH_AXIS = CLIPS | {
+    "clip_by_value": lambda **kw: jaxreg.clip_by_value(0.1, **kw),
+    "spike_aware_clip": lambda **kw: jaxreg.spike_aware_clip(optax.scale_by_adam(), **kw),
+    "clip_update_rms of a direction": lambda **kw: jaxreg.clip_update_rms(
+        direction=optax.scale_by_adam(), **kw
+    ),
+    "skip_step": lambda **kw: jaxreg.skip_step(optax.identity(), **kw),
+}
+
+
+@pytest.mark.parametrize("name", WITH_AXIS)
 def test_a_clip_names_an_axis_that_is_not_bound(name):
-    with pytest.raises(ValueError, match="axis_name: got 'data', which is not bound"):
-        clipped(CLIPS[name](axis_name="data"))(grads())
+    for tree in (grads(), {}):
+        for axis_name in ("data", 3):
+            tx = WITH_AXIS[name](axis_name=axis_name)
+            with pytest.raises(ValueError, match=f"^axis_name: got {axis_name!r}"):
+                tx.update(tree, tx.init(tree))
 
 
 def test_an_axis_of_vmap_is_one():
@@ -238,14 +268,57 @@ def test_a_cpu_has_a_second_collective_in_the_branch_alone(name):
     assert re.search(rf"(branch_computations|true_computation|false_computation).*{branch}", text)
 
 
+def collectives_of(tx):
+    """In a step, of which the numbers that all devices share are kept."""
+
+    def update(tree):
+        updates, state = tx.update(tree, tx.init(tree), tree)
+        return updates, [x for x in jax.tree.leaves(state) if not norms.varying_axes(x)]
+
+    return collectives(mapped(update, (SPECS, P())), grads())
+
+
+# Of those that need another number: cuts of entries look at all of them under "skip" alone, and a
+# direction is given what was skipped before its updates are clipped.
+NUMBERS = {
+    "clip_by_value": {"propagate": 0, "zero": 0},
+    "spike_aware_clip": {"propagate": 0, "zero": 0},
+    "clip_update_rms of a direction": {"skip": 2},
+}
+
+
 @pytest.mark.usefixtures("by_select")
-@pytest.mark.parametrize("name", [name for name in CLIPS if name != "torch"])
-def test_one_collective_serves_a_clip(name):
-    make = CLIPS[name]
-    for policy in ("propagate", "skip"):
-        tx = make(axis_name=AXES, on_nonfinite=policy)
-        function = mapped(lambda tree, tx=tx: tx.update(tree, tx.init(tree))[0], SPECS)
-        assert collectives(function, grads()) == {"all-reduce": 1}
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("name", WITH_AXIS)
+def test_one_collective_serves_a_clip(name, policy):
+    found = collectives_of(WITH_AXIS[name](axis_name=AXES, on_nonfinite=policy))
+    number = NUMBERS.get(name, {}).get(policy, 1)
+    assert found == ({"all-reduce": number} if number else {})
+
+
+@pytest.mark.usefixtures("by_select")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_step_that_may_be_left_out_shares_the_norm_of_its_clip(name, policy):
+    clip = CLIPS[name](axis_name=AXES)
+    tx = jaxreg.skip_step(clip, axis_name=AXES, on_nonfinite=policy)
+    assert collectives_of(tx) == collectives_of(clip) == {"all-reduce": 1}
+
+
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10),
+    reason="XLA combined the sums of different leaves less before",
+)
+@pytest.mark.usefixtures("by_select")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+def test_one_collective_serves_gradients_that_are_clipped_example_by_example(policy):
+    loss = lambda w, x: jnp.sum(w["a"] @ x) + jnp.sum(w["b"] * x)  # noqa: E731
+    clip = jaxreg.per_example_clip(loss, 1.0, axis_name="x", on_nonfinite=policy)
+    function = jax.shard_map(
+        lambda w, x: clip(w, x)[0], mesh=mesh_of(), in_specs=(P(), P("x")), out_specs=P()
+    )
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    assert collectives(function, params, jnp.ones((8, 4))) == {"all-reduce": 1}
 
 
 # Under jit ---------------------------------------------------------------------------------------

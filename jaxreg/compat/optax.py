@@ -26,7 +26,8 @@ import optax
 from jaxreg import _check, _tree, norms, where
 from jaxreg import groups as _groups
 from jaxreg.compat import _numbers
-from jaxreg.compat._numbers import Number
+from jaxreg.compat._labels import smooth_labels
+from jaxreg.compat._numbers import Axes, Number
 from jaxreg.compat._per_example import per_example_global_norm_clip, per_example_layer_norm_clip
 from jaxreg.transforms.clip import shrinking, times
 
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 PyTree = Any
-Axes = int | tuple[int, ...] | None
 
 
 def global_norm(updates: PyTree) -> jax.Array:
@@ -98,7 +98,7 @@ def unitwise_norm(x: jax.Array, axis: Axes = None) -> jax.Array:
 def _units(axis: Axes, shape: tuple[int, ...]) -> _groups.Grouping:
     rank = len(shape)
     if axis is not None:
-        return _groups.as_groups("axis", axis).of(shape)
+        return _groups.axes(*_numbers.axes_of(axis, shape)).of(shape)
     if sum(length != 1 for length in shape) <= 1:
         return _groups.whole.of(shape)
     if rank > 5:
@@ -201,6 +201,7 @@ def adaptive_grad_clip(
     [0.0, 0.5]
     """
     clipping, eps = _numbers.limit("clipping", clipping), _numbers.limit("eps", eps)
+    _numbers.checked_axes(axis)
 
     def scaled(u: jax.Array, p: Any) -> jax.Array:
         units = _units(axis, u.shape)
@@ -314,47 +315,6 @@ def _chosen(mask: Any, params: PyTree) -> PyTree:
     if callable(mask) and all(map(callable, jax.tree.leaves(mask))):
         mask = mask(params)
     return jax.tree.map(lambda yes, part: jax.tree.map(lambda p: bool(yes), part), mask, params)
-
-
-def smooth_labels(
-    labels: jax.Array, alpha: Number, *, axis: Axes = -1, where: Any = None
-) -> jax.Array:
-    r"""Labels mixed with the uniform distribution, $(1 - \alpha) q + \alpha / K$.
-
-    `jaxreg.smoothed_cross_entropy` takes integer labels, and makes no such array.
-
-    Differs from optax's: classes that `where` excludes get no share; alpha is checked.
-
-    Args:
-        labels: probabilities q, such as one-hot ones; a floating array.
-        alpha: a number from 0 to 1, or a traced scalar.
-        axis: of the classes, one or several; None for all.
-        where: bools that broadcast with the labels: the K classes that get a share of alpha.
-            Labels of which all classes are excluded stay as they are.
-
-    Returns:
-        An array of the labels' shape and dtype.
-
-    Raises:
-        ValueError: where the labels are no floating array, or alpha is out of its range.
-
-    >>> import jax.numpy as jnp, jaxreg.compat.optax as compat
-    >>> two_of_three = jnp.array([True, True, False])
-    >>> compat.smooth_labels(jnp.array([1.0, 0.0, 0.0]), 0.5, where=two_of_three).tolist()
-    [0.75, 0.25, 0.0]
-    """
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.floating):
-        accepted = "a real floating array, such as one-hot labels"
-        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
-    alpha = _check.scalar("alpha", alpha, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-    q = _tree.widen(labels)
-    share = jnp.asarray(alpha).astype(q.dtype)
-    included = jnp.broadcast_to(True if where is None else jnp.asarray(where, bool), q.shape)
-    number = jnp.sum(included, axis, keepdims=True, dtype=q.dtype)
-    uniform = jnp.where(included, 1 / jnp.maximum(number, 1), 0)
-    share = jnp.where(number > 0, share, 0)  # of no class to share it among
-    return ((1 - share) * q + share * uniform).astype(labels.dtype)
 
 
 def keep_params_nonnegative() -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """Gradient clipping whose limits follow the weights, or the norms of earlier steps."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jaxreg import _check, _tree
 from jaxreg import groups as _groups
 from jaxreg import where as _where
-from jaxreg.norms import AxisNames, norms_of_groups
+from jaxreg.norms import AxisNames, norms_of_groups, varying_axes
 from jaxreg.transforms.clip import (
     Clipped,
     OnNonfinite,
@@ -47,11 +48,12 @@ def adaptive_clip(
 
     Returns:
         An optax transformation whose state is a `ClipState`. ``update`` needs ``params``. Units may
-        be sharded under ``jit``, not inside ``shard_map``.
+        be sharded under ``jit``, not inside ``shard_map``, where a device has only a piece of them.
 
     Raises:
         ValueError: where a number is out of its range; at ``init`` where a leaf has no such axes,
-            or the selector matches none.
+            or the selector matches none; at ``update`` where a leaf differs from device to device
+            (which is not known with ``check_vma=False`` and in ``pmap``).
 
     Source: A. Brock, S. De, S. Smith and K. Simonyan, *High-performance large-scale image
     recognition without normalization*, ICML 2021.
@@ -74,13 +76,15 @@ def adaptive_clip(
             raise _check.ArgumentError("units", error.given, error.accepted) from None
 
     def rule(seen: Seen) -> Clipped:
-        chosen = jax.tree.leaves(selector.mask(seen.updates))
+        chosen = jax.tree.leaves(selector.mask(seen.params))
+        weights = jax.tree.structure(seen.updates).flatten_up_to(seen.params)
         grads = [finite(g) if on_nonfinite == "zero" else g for g in seen.leaves]
+        _refuse_pieces((*grads, *weights))
         units = [grouping(g, yes) for g, yes in zip(grads, chosen, strict=True)]
-        sizes = [_tree.widen(_real(x)) for x in (*grads, *seen.params)]
+        sizes = [_tree.widen(_real(x)) for x in (*grads, *weights)]
         found = _groups.norms([*zip([*units, *units], sizes, strict=True)])
-        before, weights = found[: len(grads)], found[len(grads) :]
-        each = [coefficient_of(*pair) for pair in zip(before, weights, strict=True)]
+        before, of_weights = found[: len(grads)], found[len(grads) :]
+        each = [coefficient_of(*pair) for pair in zip(before, of_weights, strict=True)]
         each = [c if yes else jnp.ones_like(c) for c, yes in zip(each, chosen, strict=True)]
         after = [c * norm for c, norm in zip(each, before, strict=True)]
         coefficients = [own.spread(c) for own, c in zip(units, each, strict=True)]
@@ -99,6 +103,14 @@ def adaptive_clip(
         return ()
 
     return clip(rule, on_nonfinite, memory=memory, records=False, needs_params=True)
+
+
+def _refuse_pieces(leaves: Sequence[jax.Array]) -> None:
+    """Raises where devices hold different pieces of a leaf, whose units would have their norms."""
+    if names := sorted(frozenset[str]().union(*map(varying_axes, leaves))):
+        given = f"arrays that differ along the mesh axes {', '.join(names)}"
+        accepted = "arrays that are whole on each device: sharded ones under jit, not in shard_map"
+        raise _check.ArgumentError("updates", given, accepted)
 
 
 def _real(x: jax.Array) -> jax.Array:
@@ -205,7 +217,7 @@ def zclip(
         An optax transformation whose state is a `ClipState`.
 
     Raises:
-        ValueError: where an argument is out of its range.
+        ValueError: where an argument is out of its range, or the decay in 16 bits.
 
     Source: A. Kumar, L. Owen, N. Roy Chowdhury and F. Gura, *ZClip: adaptive spike mitigation for
     LLM pre-training*, 2025, arXiv:2504.02507.
@@ -219,7 +231,7 @@ def zclip(
     [2.625]
     """
     z, eps = _check.positive_finite("z", z), _check.positive_finite("eps", eps)
-    decay = _check.fraction("decay", decay)
+    decay = _check.decay("decay", decay)
     warm_up = _check.whole_number("warm_up", warm_up, at_least=2)
 
     def rule(seen: Seen) -> Clipped:
@@ -288,7 +300,7 @@ def adagc(
         An optax transformation whose state is a `ClipState` with one coefficient a leaf.
 
     Raises:
-        ValueError: where an argument is out of its range.
+        ValueError: where an argument is out of its range, or the decay in 16 bits.
 
     Source: G. Wang et al., *AdaGC: improving training stability for large language model
     pretraining*, 2025, arXiv:2502.11034.
@@ -301,7 +313,7 @@ def adagc(
     >>> [round(float(x), 3) for x in clipped]
     [1.05]
     """
-    ratio, decay = _check.above_one("ratio", ratio), _check.fraction("decay", decay)
+    ratio, decay = _check.above_one("ratio", ratio), _check.decay("decay", decay)
     max_norm = _check.positive("max_norm", max_norm)
     warm_up = _check.whole_number("warm_up", warm_up, at_least=1)
 

@@ -73,7 +73,7 @@ def ema_of_params(decay: Number | optax.Schedule, *, debias: bool = True) -> Tra
     1.666667
     """
     if not _check.is_schedule(decay):
-        decay = _check.fraction("decay", decay)
+        decay = _check.decay("decay", decay)
 
     def share(count: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
         kept: Any = decay(count - 1) if _check.is_schedule(decay) else decay

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxreg import _check, _tree
-from jaxreg.norms import AxisNames, norms_of_groups
+from jaxreg.norms import AxisNames, bound_axes, norms_of_groups
 
 OnNonfinite = Literal["propagate", "skip", "zero"]
 POLICIES = get_args(OnNonfinite)
@@ -30,7 +30,7 @@ class ClipState(NamedTuple):
             for each leaf; of a clip by units the smallest. In [0, 1], 0 for a gradient that was
             skipped, and NaN where the norm is.
         count: the number of steps, int32.
-        clipped: of steps that were clipped, int32.
+        clipped: of steps that were clipped, int32; one that was skipped is none of them.
         nonfinite: of steps with an infinite norm or a NaN, int32.
         memory: what the clip keeps of earlier steps; () for most.
     """
@@ -60,10 +60,10 @@ class NonfiniteState(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a rule is given: the gradients, the parameters' leaves, and its memory."""
+    """What a rule is given: the gradients, the parameters (None if not given), and its memory."""
 
     updates: optax.Updates
-    params: list[jax.Array]
+    params: optax.Params | None
     memory: Any
     norms: Callable[[Sequence[Sequence[jax.Array]]], jax.Array]
     """Norms of groups of leaves, as `jaxreg.norms.norms_of_groups` makes them."""
@@ -107,7 +107,7 @@ def clip(
         memory: the rule's memory before the first step, from the parameters.
         per_leaf: whether each leaf has a coefficient of its own.
         records: whether the coefficients are scalars, to be kept in the state.
-        needs_params: whether the rule looks at the parameters.
+        needs_params: whether the rule can't do without the parameters.
     """
     _check.choice("on_nonfinite", on_nonfinite, POLICIES)
 
@@ -127,28 +127,28 @@ def clip(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipState]:
-        leaves, treedef = jax.tree.flatten(updates)
-        own = treedef.flatten_up_to(_check.params_given(params)) if needs_params else []
+        if needs_params:
+            _check.params_given(params)
+        whole = with_frozen(updates, params)
+        leaves, treedef = jax.tree.flatten(whole)
         if per_leaf and records and len(leaves) != state.coefficients.size:
             given, accepted = f"{len(leaves)} leaves", f"{state.coefficients.size}, as at init"
+            accepted += " (for a leaf without a gradient, None, and update(grads, state, params))"
             raise _check.ArgumentError("updates", given, accepted)
-        finite_norms: list[jax.Array] = []
+        all_finite: list[jax.Array] = []
 
         def norms(groups: Sequence[Sequence[jax.Array]]) -> jax.Array:
-            found = norms_of_groups(groups, axis_name)
-            finite_norms.append(jnp.all(jnp.isfinite(found)))
             if on_nonfinite != "zero":
-                return found
-            cleaned = lambda: norms_of_groups(  # noqa: E731
-                [[finite(x) for x in group] for group in groups], axis_name
-            )
-            return jax.lax.cond(finite_norms[-1], lambda: found, cleaned)
+                return norms_of_groups(groups, axis_name)
+            found, are_finite = norms_of_finite(groups, axis_name)
+            all_finite.append(are_finite)
+            return found
 
-        found = rule(Seen(updates, own, state.memory, norms))
+        found = rule(Seen(whole, params, state.memory, norms))
         # One norm serves the clip, the check for infinities and NaNs, and the log.
         is_finite = jnp.isfinite(found.norm)
         if on_nonfinite == "zero":
-            is_finite = (finite_norms or [jnp.isfinite(norms_of_groups([leaves], axis_name)[0])])[0]
+            is_finite = (all_finite or [jnp.isfinite(norms_of_groups([leaves], axis_name)[0])])[0]
         if on_nonfinite == "skip":
             found = found._replace(clipped_norm=jnp.where(is_finite, found.clipped_norm, 0))
         each = found.coefficients
@@ -162,10 +162,37 @@ def clip(
             clipped = [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs]
         after = _state(state, found, is_finite, records)
         if on_nonfinite == "skip":  # A proximal step takes the coefficients for its gain.
-            after = after._replace(coefficients=jnp.where(is_finite, after.coefficients, 0))
-        return treedef.unflatten(clipped), after
+            after = after._replace(
+                coefficients=jnp.where(is_finite, after.coefficients, 0),
+                clipped=jnp.where(is_finite, after.clipped, state.clipped),
+            )
+        return without_frozen(treedef.unflatten(clipped), updates), after
 
     return optax.GradientTransformation(init, update)
+
+
+def with_frozen(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """Gradients, with 0 for those of frozen leaves, which are None, where params are given.
+
+    Raises:
+        ValueError: where a leaf is not a floating array.
+    """
+    _tree.check_floating("updates", updates)
+    if params is None or not any(map(_is_none, jax.tree.leaves(updates, is_leaf=_is_none))):
+        return updates
+    zeros = lambda p: jax.tree.map(jnp.zeros_like, p)  # noqa: E731
+    filled = lambda g, p: zeros(p) if g is None else g  # noqa: E731
+    return jax.tree.map(filled, updates, params, is_leaf=_is_none)
+
+
+def without_frozen(moved: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """What became of gradients `with_frozen`: None again where they are."""
+    emptied = lambda g, u: None if g is None else u  # noqa: E731
+    return jax.tree.map(emptied, updates, moved, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _state(before: ClipState, found: Clipped, is_finite: jax.Array, records: bool) -> ClipState:
@@ -227,6 +254,30 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
+def norms_of_finite(
+    groups: Sequence[Sequence[jax.Array]], axis_name: AxisNames | None
+) -> tuple[jax.Array, jax.Array]:
+    """The norm of each group's finite entries, and whether the groups' whole norms are finite.
+
+    Both at once, with one collective; on a CPU a second time where they are not (`jaxreg.norms`).
+    """
+
+    def cleaned() -> list[list[jax.Array]]:
+        return [[finite(x) for x in group] for group in groups]
+
+    def by_branch() -> tuple[jax.Array, jax.Array]:
+        found = norms_of_groups(groups, axis_name)
+        are_finite = jnp.all(jnp.isfinite(found))
+        again = lambda: norms_of_groups(cleaned(), axis_name)  # noqa: E731
+        return jax.lax.cond(are_finite, lambda: found, again), are_finite
+
+    def by_select() -> tuple[jax.Array, jax.Array]:
+        found = norms_of_groups([*groups, *cleaned()], axis_name)
+        return found[len(groups) :], jnp.all(jnp.isfinite(found[: len(groups)]))
+
+    return jax.lax.platform_dependent(cpu=by_branch, default=by_select)
+
+
 def shrinking(norm: jax.Array, limit: Any) -> jax.Array:
     """The coefficient that takes a norm to its limit: min(1, limit / norm)."""
     limit = jnp.asarray(limit).astype(norm.dtype)
@@ -253,6 +304,7 @@ def policed(
     axis_name: AxisNames | None,
 ) -> tuple[list[jax.Array], Any]:
     """Leaves whose entries were cut, by the policy; only "skip" has to look at all of them."""
+    bound_axes(axis_name)  # an error under each policy
     if on_nonfinite == "zero":
         pairs = zip(cut, leaves, strict=True)
         return [jnp.where(jnp.isfinite(x), y, 0) for y, x in pairs], state

@@ -23,6 +23,8 @@ from jaxreg.transforms.clip import (
     shrinking,
     times,
     whole_norm,
+    with_frozen,
+    without_frozen,
 )
 
 Number = float | jax.Array
@@ -40,7 +42,8 @@ def clip_by_global_norm(
 
     $g \leftarrow g \cdot \min(1, max\_norm / \|g\|)$ with the norm over every leaf. The norm and
     the product are computed in float32 at least, so bf16 gradients are clipped to the norm that
-    was asked for; squares that over- or underflow are handled. A zero gradient stays zero.
+    was asked for; squares that over- or underflow are handled. A zero gradient stays zero. Here and
+    in all clips a leaf may be frozen, with None for its gradient: it counts as 0, and None stays.
 
     Args:
         max_norm: a number > 0, or a traced scalar (a new value does not recompile).
@@ -59,7 +62,7 @@ def clip_by_global_norm(
 
     Raises:
         ValueError: where max_norm is 0, negative, NaN or no scalar, or another argument is not one
-            of those above; at ``init`` where a leaf is not a floating array.
+            of those above; at ``init`` and ``update`` where a leaf is not a floating array.
 
     Source: R. Pascanu, T. Mikolov and Y. Bengio, *On the difficulty of training recurrent neural
     networks*, ICML 2013.
@@ -158,7 +161,8 @@ def clip_by_group_norm(
 
     Args:
         max_norms: for each group its selector (from `jaxreg.where`, or a path pattern) and its
-            limit, a number > 0 or a traced scalar.
+            limit, a number > 0 or a traced scalar. Give ``update`` the parameters where a selector
+            asks for more than paths: the gradients' dtypes may be others.
         axis_name: as in `jaxreg.clip_by_global_norm`; one collective serves all groups.
         on_nonfinite: likewise; "propagate" acts on each group, "skip" on all of them together.
 
@@ -198,11 +202,12 @@ def clip_by_group_norm(
         return owners
 
     def rule(seen: Seen) -> Clipped:
-        leaves, owners = seen.leaves, groups_of(seen.updates)
+        # Of the parameters, as at init: gradients may have other dtypes.
+        owners = groups_of(seen.updates if seen.params is None else seen.params)
         # The last group is that of the leaves in none, whose norm is in the whole one.
         numbers = [*range(len(limits)), -1]
         norms = seen.norms(
-            [[x for x, k in zip(leaves, owners, strict=True) if k == n] for n in numbers]
+            [[x for x, k in zip(seen.leaves, owners, strict=True) if k == n] for n in numbers]
         )
         each = [shrinking(n, c) for n, c in zip(norms[:-1], limits, strict=True)]
         each.append(jnp.ones_like(norms[-1]))
@@ -264,9 +269,8 @@ def clip_by_value(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        del params
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(with_frozen(updates, params))
         clipped, after = policed([*map(cut, leaves)], leaves, state, on_nonfinite, axis_name)
-        return treedef.unflatten(clipped), after
+        return without_frozen(treedef.unflatten(clipped), updates), after
 
     return optax.GradientTransformation(init, update)

@@ -66,7 +66,7 @@ class ema:
     decay: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "decay", _check.fraction("decay", self.decay))
+        object.__setattr__(self, "decay", _check.decay("decay", self.decay))
 
 
 class DecayState(NamedTuple):

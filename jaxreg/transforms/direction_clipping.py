@@ -23,6 +23,8 @@ from jaxreg.transforms.clip import (
     shrinking,
     times,
     whole_norm,
+    with_frozen,
+    without_frozen,
 )
 
 Number = float | jax.Array
@@ -53,7 +55,8 @@ def clip_update_rms(
 
     Args:
         max_rms: a number > 0, or a traced scalar; 1 in both sources.
-        direction: such as ``optax.scale_by_adam()``, or None.
+        direction: such as ``optax.scale_by_adam()``, or None. For a frozen leaf, whose gradient is
+            None, it is given 0.
         axis_name: as in `jaxreg.clip_by_global_norm`.
         on_nonfinite: likewise; with a direction it is the gradient that is skipped, or whose
             entries are zero.
@@ -110,7 +113,8 @@ def clip_update_rms(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ClippedDirectionState]:
-        grads, treedef = jax.tree.flatten(updates)
+        whole = with_frozen(updates, params)
+        grads, treedef = jax.tree.flatten(whole)
         # Before the direction, whose moments would keep what is not finite.
         counted = NonfiniteState(state.clip.nonfinite)
         if on_nonfinite == "zero":
@@ -127,7 +131,8 @@ def clip_update_rms(
         clipped, seen = clip_of(ratios).update(moved, state.clip, params)
         if on_nonfinite == "skip":
             seen = seen._replace(nonfinite=counted.nonfinite)
-        return clipped, ClippedDirectionState(inner, seen)
+        new = _tree.with_dtypes_of(state, ClippedDirectionState(inner, seen))
+        return without_frozen(clipped, updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -145,7 +150,8 @@ def spike_aware_clip(
     direction's divisor before this step. Where no gradient has been seen nothing is cut.
 
     Args:
-        direction: of Adam's family, such as ``optax.scale_by_adam()``.
+        direction: of Adam's family, such as ``optax.scale_by_adam()``. For a frozen leaf, whose
+            gradient is None, it is given 0.
         threshold: the largest $g_i^2 / \hat v_i$, a number > 0, or a traced scalar.
         axis_name: as in `jaxreg.clip_by_global_norm`; needed for "skip" alone.
         on_nonfinite: as in `jaxreg.clip_by_value`.
@@ -180,14 +186,16 @@ def spike_aware_clip(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ClippedDirectionState]:
-        grads, treedef = jax.tree.flatten(updates)
-        divisors = _divisors(read, state.direction, updates)
+        whole = with_frozen(updates, params)
+        grads, treedef = jax.tree.flatten(whole)
+        divisors = _divisors(read, state.direction, whole)
         cut = [_cut(g, d, threshold) for g, d in zip(grads, divisors, strict=True)]
         cut, seen = policed(cut, grads, state.clip, on_nonfinite, axis_name)
         moved, inner = read.direction.update(
             treedef.unflatten(cut), state.direction, params, **extra_args
         )
-        return moved, ClippedDirectionState(inner, seen)
+        new = _tree.with_dtypes_of(state, ClippedDirectionState(inner, seen))
+        return without_frozen(moved, updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -184,7 +184,7 @@ def _growing(learning_rate: Number | optax.Schedule) -> Callable[[jax.Array], ja
 
 
 def _momentum(momentum: Number | optax.Schedule) -> Number | optax.Schedule:
-    return momentum if _check.is_schedule(momentum) else _check.fraction("momentum", momentum)
+    return momentum if _check.is_schedule(momentum) else _check.decay("momentum", momentum)
 
 
 def _dual_averaging(

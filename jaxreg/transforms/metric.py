@@ -53,7 +53,7 @@ def momentum(decay: Number) -> Metric:
     >>> momentum(0.5)(None, None)
     2.0
     """
-    decay = _check.fraction("decay", decay)
+    decay = _check.decay("decay", decay)
     return lambda state, params: 1.0 / (1.0 - decay)
 
 
@@ -132,7 +132,7 @@ def adam(b2: Number = 0.999, eps: Number = 1e-8, eps_root: Number = 0.0) -> Metr
     >>> [round(float(x), 5) for x in adam()(state, g)]
     [0.5, 1.0]
     """
-    b2 = _check.fraction("b2", b2)
+    b2 = _check.decay("b2", b2)
     eps, eps_root = _check.nonnegative("eps", eps), _check.nonnegative("eps_root", eps_root)
 
     def scale(state: Any) -> Any:
@@ -230,7 +230,7 @@ def rmsprop(
     >>> rmsprop(decay=0.75)(state, g).tolist()
     [0.5, 1.0]
     """
-    decay, eps = _check.fraction("decay", decay), _check.nonnegative("eps", eps)
+    decay, eps = _check.decay("decay", decay), _check.nonnegative("eps", eps)
     outside, inside = (0.0, eps) if eps_in_sqrt else (eps, 0.0)
 
     def scale(state: Any) -> Any:

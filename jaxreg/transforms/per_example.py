@@ -1,5 +1,6 @@
 """Gradients that are clipped example by example, as DP-SGD does."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def per_example_clip(
 
     Args:
         loss: ``loss(params, *example)``, a scalar; an example has no batch axis.
-        max_norm: C, a number > 0, or a traced scalar.
+        max_norm: C, a number > 0, or a traced scalar; infinite only without noise.
         micro_batch: how many examples' gradients are in memory at once; all by default.
         noise_multiplier: a number >= 0, or a traced scalar.
         axis_name: inside ``shard_map``, the mesh axes that the batch is sharded along: the sum and
@@ -62,8 +63,8 @@ def per_example_clip(
         gradient is summed in float32 at least and has the dtypes of params.
 
     Raises:
-        ValueError: where an argument is out of its range; when called, where the batch axes
-            differ in length, or there is noise and no key.
+        ValueError: where an argument is out of its range, or there is noise and no limit; when
+            called, where the batch axes differ in length, or there is noise and no key.
 
     Source: M. Abadi et al., *Deep learning with differential privacy*, CCS 2016.
 
@@ -83,7 +84,11 @@ def per_example_clip(
     if micro_batch is not None:
         micro_batch = _check.whole_number("micro_batch", micro_batch, at_least=1)
     _check.choice("on_nonfinite", on_nonfinite, POLICIES)
-    noisy = not _check.is_host(noise_multiplier) or noise_multiplier > 0
+    known = _check.is_host(noise_multiplier)
+    noisy = not known or noise_multiplier > 0
+    if known and noisy:
+        accepted = "a finite number > 0, as there is noise in proportion to it"
+        max_norm = _check.scalar("max_norm", max_norm, accepted, math.isfinite)
 
     def one(params: PyTree, example: tuple[Any, ...]) -> tuple[list[jax.Array], _Figures]:
         value, grads = jax.value_and_grad(loss)(params, *example)
@@ -119,7 +124,8 @@ def per_example_clip(
         if names:
             sums, size = jax.lax.psum((sums, size), names)
         if noisy and key is not None:
-            deviation = jnp.asarray(noise_multiplier) * jnp.asarray(max_norm)
+            sigma = jnp.asarray(noise_multiplier)
+            deviation = jnp.where(sigma == 0, 0, sigma * jnp.asarray(max_norm))  # of no limit, too
             keys = [jax.random.fold_in(key, i) for i in range(len(sums))]
             pairs = zip(keys, sums, strict=True)
             noises = [jax.random.normal(k, g.shape, g.dtype) for k, g in pairs]

@@ -75,7 +75,8 @@ def proximal(
             `jaxreg.weight_decay`, whose rate is this learning rate unless it has its own.
 
     Returns:
-        An optax transformation with state `ProximalState`. ``update`` needs ``params``.
+        An optax transformation with state `ProximalState`, which keeps its dtypes, whatever those
+        of gradients and hyperparameters. ``update`` needs ``params``.
 
     Raises:
         ValueError: where the metric can't be read; at ``init`` where a penalty matches no leaf or
@@ -161,7 +162,9 @@ def proximal(
             moves[i] = w - leaves[i]
         moves = [u.astype(p.dtype) for u, p in zip(moves, leaves, strict=True)]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(moves), ProximalState(count, direction_state, decay_state, states)
+        new = ProximalState(count, direction_state, decay_state, states)
+        # optax's moments take on the dtypes of gradients and hyperparameters.
+        return treedef.unflatten(moves), _tree.with_dtypes_of(state, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -8,7 +8,14 @@ import optax
 
 from jaxreg import _check, _tree
 from jaxreg.norms import AxisNames, norms_of_groups
-from jaxreg.transforms.clip import POLICIES, OnNonfinite, finite
+from jaxreg.transforms.clip import (
+    POLICIES,
+    OnNonfinite,
+    finite,
+    norms_of_finite,
+    with_frozen,
+    without_frozen,
+)
 
 Number = float | jax.Array
 
@@ -52,7 +59,8 @@ def skip_step(
     for as long as it is among them.
 
     Args:
-        inner: any optax transformation, usually the whole optimizer.
+        inner: any optax transformation, usually the whole optimizer. For a frozen leaf, whose
+            gradient is None, it is given 0, and None stays.
         sigmas: a number > 0, or a traced scalar; infinite to leave out what is not finite alone.
         window: the number of norms, >= 2.
         axis_name: as in `jaxreg.clip_by_global_norm`.
@@ -95,24 +103,28 @@ def skip_step(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SkipState]:
-        norm = norms_of_groups([jax.tree.leaves(updates)], axis_name)[0].astype(state.norm.dtype)
-        is_finite = jnp.isfinite(norm)
+        grads = with_frozen(updates, params)
+        groups = [jax.tree.leaves(grads)]
+        if on_nonfinite == "zero":
+            norms, is_finite = norms_of_finite(groups, axis_name)
+            grads = jax.tree.map(finite, grads)
+        else:
+            norms, is_finite = norms_of_groups(groups, axis_name), True
+        norm = norms[0].astype(state.norm.dtype)
+        is_finite &= jnp.isfinite(norm)  # in the dtype that it is remembered in
         remembered = state.count - state.nonfinite
         limit = _limit(state.history, remembered, sigmas)
-        if on_nonfinite == "zero":
-            updates = jax.tree.map(finite, updates)
-            cleaned = lambda: norms_of_groups([jax.tree.leaves(updates)], axis_name)[0]  # noqa: E731
-            norm = jax.lax.cond(is_finite, lambda: norm, lambda: cleaned().astype(norm.dtype))
         skipped = norm > limit
         if on_nonfinite == "skip":
             skipped |= ~is_finite
         elif on_nonfinite == "propagate":
             skipped &= is_finite
-        moved, after = inner.update(updates, state.inner, params, **extra_args)
+        moved, after = inner.update(grads, state.inner, params, **extra_args)
         moved = jax.tree.map(lambda u: jnp.where(skipped, 0, u), moved)
+        after = _tree.with_dtypes_of(state.inner, after)
         after = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, state.inner)
         history = state.history.at[remembered % window].set(norm)
-        return moved, SkipState(
+        return without_frozen(moved, updates), SkipState(
             norm,
             limit,
             jnp.asarray(optax.safe_increment(state.count)),

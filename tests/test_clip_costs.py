@@ -1,0 +1,132 @@
+"""What clips cost: XLA's own counts of bytes, of temporary memory and of fusions in a step."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxreg
+from jaxreg import norms
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def usual(monkeypatch):
+    """Without branches that are not taken as a rule, which XLA counts with the others."""
+    plain = lambda self: jnp.sqrt(self.total([self._squares(x) for x in self.leaves]))  # noqa: E731
+    monkeypatch.setattr(norms._Sums, "norms_by_branch", plain)
+    monkeypatch.setattr(jax.lax, "cond", lambda pred, usual, other, *args: usual(*args))
+
+
+class Cost(NamedTuple):
+    bytes: float
+    temporary: float
+    fusions: int
+    leaves: int
+
+
+def cost(tx, width=128, depth=4):
+    """Bytes a parameter by XLA's own count of a step with donated buffers."""
+    params = {
+        f"block_{i}": {"kernel": jnp.ones((width, 2 * width)), "bias": jnp.ones(2 * width)}
+        for i in range(depth)
+    }
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=0).lower((params, tx.init(params)), params)
+    compiled = lowered.compile()
+    entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+    entry = compiled.as_text().partition("ENTRY")[2]
+    return Cost(
+        compiled.cost_analysis()["bytes accessed"] / entries,
+        compiled.memory_analysis().temp_size_in_bytes / entries,
+        entry.count("fusion("),
+        len(jax.tree.leaves(params)),
+    )
+
+
+def adamw(**parts):
+    return jaxreg.regularize(optax.scale_by_adam(), 1e-3, decay=0.01, **parts)
+
+
+new_enough = pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10), reason="XLA fused less before"
+)
+
+
+@new_enough
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("policy", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize(
+    "make",
+    [jaxreg.clip_by_global_norm, jaxreg.clip_by_leaf_norm, lambda _, **kw: jaxreg.autoclip(**kw)],
+    ids=["global", "leaf", "autoclip"],
+)
+def test_a_clip_reads_the_gradient_once_more_and_writes_nothing(make, policy):
+    """Beside 40 bytes a parameter of XLA's AdamW; optax's clip takes 60 and a gradient's copy."""
+    found = cost(adamw(clip=make(1.0, on_nonfinite=policy)))
+    assert 42 < found.bytes < 44.5
+    assert found.temporary < 0.2
+
+
+@new_enough
+@pytest.mark.usefixtures("usual")
+def test_a_value_clip_costs_nothing_and_adaptive_clip_reads_gradient_and_weights_once_more():
+    assert cost(adamw(clip=jaxreg.clip_by_value(1.0))).bytes < 40.5
+    found = cost(adamw(clip=jaxreg.adaptive_clip()))
+    assert 46 < found.bytes < 50
+    assert found.temporary < 0.2
+
+
+@new_enough
+def test_the_branch_that_is_not_taken_needs_no_copy_of_the_gradient_either():
+    for clip in (jaxreg.clip_by_global_norm(1.0), jaxreg.adaptive_clip()):
+        assert cost(adamw(clip=clip)).temporary < 3
+
+
+# Upper bounds: XLA counts each branch, as if all of them were taken in one step. What is taken as a
+# rule is above.
+WITH_BRANCHES = {  # transformation, bytes and temporary memory
+    **{
+        policy: (adamw(clip=jaxreg.clip_by_global_norm(1.0, on_nonfinite=policy)), 48.2, 0.2)
+        for policy in ("propagate", "skip")
+    },
+    # The branch for gradients that are not finite has room for a copy of them.
+    "zero": (adamw(clip=jaxreg.clip_by_global_norm(1.0, on_nonfinite="zero")), 64.4, 4.1),
+    # No branch: the old moments are there until it is known that the step is taken.
+    "skip_step": (jaxreg.skip_step(adamw(clip=1.0)), 68.3, 8.1),
+}
+
+
+@new_enough
+@pytest.mark.parametrize("name", WITH_BRANCHES)
+def test_what_a_step_costs_with_all_branches_counted(name):
+    tx, most, temporary = WITH_BRANCHES[name]
+    found = cost(tx)
+    assert found.bytes < most
+    assert found.temporary < temporary
+
+
+@new_enough
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("depth", [4, 8])
+def test_decay_l2_and_a_penalty_are_fused_into_the_step(depth):
+    """They add a fusion each, for numbers that all leaves share, and none for a leaf."""
+    direction = optax.scale_by_adam()
+    alone = cost(jaxreg.regularize(direction, 1e-3, clip=1.0), depth=depth)
+    for parts in (
+        {"decay": 0.01},
+        {"l2": 0.01},
+        {"penalty": jaxreg.L1(1e-3)},
+        {"decay": 0.01, "l2": 0.01, "penalty": jaxreg.L1(1e-3)},
+    ):
+        found = cost(jaxreg.regularize(direction, 1e-3, clip=1.0, **parts), depth=depth)
+        assert found.fusions <= alone.fusions + len(parts)
+        assert found.temporary < 0.2
