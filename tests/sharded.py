@@ -1,4 +1,4 @@
-"""What is drawn for sharded arrays."""
+"""What compiled programs do with sharded arrays."""
 
 import jax
 import numpy as np
@@ -16,3 +16,13 @@ def check_same_where_sharded(function, x, kind, whole):
         found = compiled(pieces)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
     assert whole not in compiled.as_text()
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def collectives(compiled):
+    """How many of each kind a program has, those of branches and loops' bodies once each."""
+    text = compiled.as_text()
+    counts = {n: text.count(f" {n}(") + text.count(f" {n}-start(") for n in COLLECTIVES}
+    return {name: count for name, count in counts.items() if count}

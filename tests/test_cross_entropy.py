@@ -1,5 +1,7 @@
 """Label-smoothed cross-entropy against the formula written out in NumPy float64."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,25 +10,60 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sharded import collectives
 
 import jaxreg
 
 pytestmark = pytest.mark.core
 few = settings(max_examples=40, deadline=None)
+JAX = tuple(int(n) for n in jax.__version__.split(".")[:2])
 
 
-def oracle(logits, q, smoothing):
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    q = (1 - smoothing) * np.asarray(q, np.float64) + smoothing / logits.shape[-1]
-    return -(q * log_p).sum(-1)
+def oracle(
+    logits,
+    q,
+    smoothing,
+    z_loss=0.0,
+    soft_cap=None,
+    class_weights=None,
+    where=None,
+    spread="uniform",
+):
+    x = np.asarray(logits, np.float64)
+    x = x if soft_cap is None else soft_cap * np.tanh(x / soft_cap)
+    exists = np.broadcast_to(True if where is None else where, x.shape)
+    x = np.where(exists, x, -np.inf)
+    largest = x.max(-1, keepdims=True)
+    lse = largest + np.log(np.exp(x - largest).sum(-1, keepdims=True))
+    number, q = exists.sum(-1, keepdims=True), np.asarray(q, np.float64)
+    share = 1 / number if spread == "uniform" else (1 - q) / (number - 1)
+    w = 1.0 if class_weights is None else np.asarray(class_weights, np.float64)
+    v = w * np.where(exists, (1 - smoothing) * q + smoothing * share, 0)
+    losses = np.where(exists, v * (lse - np.where(exists, x, 0)), 0).sum(-1)
+    return losses + z_loss * lse[..., 0] ** 2
 
 
 def problem(seed, rows=5, classes=7, scale=3.0):
     rng = np.random.default_rng(seed)
     logits = jnp.asarray(scale * rng.normal(size=(rows, classes)), jnp.float32)
     return logits, jnp.asarray(rng.integers(0, classes, rows), jnp.int32)
+
+
+def options(seed, labels, classes=7):
+    """Some of the options, by the seed."""
+    rng = np.random.default_rng(seed)
+    exists = rng.random((len(labels), classes)) < 0.6
+    exists[np.arange(len(labels)), labels] = True
+    exists[:, 0] = exists[:, 1] = True
+    found = {
+        "z_loss": 0.01,
+        "soft_cap": 4.0,
+        "class_weights": rng.uniform(0, 2, classes).astype(np.float32),
+        "where": exists if seed % 2 else exists[0] | True,
+        "spread": "others",
+    }
+    return {name: value for name, value in found.items() if rng.random() < 0.5}
 
 
 @given(seed=st.integers(0, 999), smoothing=st.floats(0, 0.99), scale=st.sampled_from([0.1, 3, 40]))
@@ -116,6 +153,231 @@ def test_the_derivative_by_the_smoothing_is_right_at_zero():
     assert np.isfinite(by_smoothing(0.0, logits.at[0, 1].set(-jnp.inf)))
 
 
+@given(seed=st.integers(0, 9999), smoothing=st.sampled_from([0.0, 0.1, 0.7]), soft=st.booleans())
+@few
+def test_options_agree_with_the_formula(seed, smoothing, soft):
+    logits, labels = problem(seed)
+    chosen = options(seed, np.asarray(labels))
+    q = np.eye(7)[labels]
+    given = labels
+    if soft:
+        q = np.random.default_rng(seed).dirichlet(np.ones(7), 5)
+        q = np.where(np.broadcast_to(chosen.get("where", True), q.shape), q, 0)
+        given = q.astype(np.float32)
+    losses = jaxreg.smoothed_cross_entropy(logits, given, smoothing, **chosen)
+    np.testing.assert_allclose(losses, oracle(logits, q, smoothing, **chosen), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["integers", "probabilities"])
+@pytest.mark.parametrize("seed", range(6))
+def test_derivatives_of_all_orders_agree_with_those_of_the_formula(seed, soft, x64):
+    """In every argument that is a number: gradients, and a Hessian by reverse over reverse."""
+    rng = np.random.default_rng(seed)
+    x, labels = jnp.asarray(2 * rng.normal(size=(3, 4))), jnp.asarray(rng.integers(0, 4, 3))
+    q = jax.nn.one_hot(labels, 4) if not soft else jnp.asarray(rng.dirichlet(np.ones(4), 3))
+    exists = None if seed % 2 else jnp.arange(4) < 4
+    if seed % 3 == 0:
+        exists = jax.nn.one_hot(labels, 4, dtype=bool) | jnp.asarray(rng.random((3, 4)) < 0.7)
+        q = jnp.where(exists, q, 0)
+    spread = "others" if seed % 2 else "uniform"
+
+    def plain(x, q, e, z, c, w):
+        x = c * jnp.tanh(x / c)
+        mask = jnp.ones_like(x, bool) if exists is None else jnp.broadcast_to(exists, x.shape)
+        lse = jax.nn.logsumexp(x, -1, where=mask, keepdims=True)
+        number = mask.sum(-1, keepdims=True)
+        share = 1 / number if spread == "uniform" else (1 - q) / jnp.maximum(number - 1, 1)
+        v = w * jnp.where(mask, (1 - e) * q + e * share, 0)
+        return jnp.sum(jnp.sin(jnp.sum(v * (lse - x), -1) + z * lse[:, 0] ** 2))
+
+    def ours(x, q, e, z, c, w):
+        q = q if exists is None else jnp.where(exists, q, 0)
+        losses = jaxreg.smoothed_cross_entropy(
+            x,
+            q if soft else labels,
+            e,
+            z_loss=z,
+            soft_cap=c,
+            class_weights=w,
+            where=exists,
+            spread=spread,
+        )
+        return jnp.sum(jnp.sin(losses))
+
+    at = (x, q, 0.2, 0.05, 5.0, jnp.asarray(rng.uniform(0.5, 2, 4)))
+    numbers = (0, *([1] if soft else []), 2, 3, 4, 5)
+    first = functools.partial(jax.value_and_grad, argnums=numbers)
+    chex.assert_trees_all_close(first(ours)(*at), first(plain)(*at), rtol=1e-9, atol=1e-12)
+    second = functools.partial(jax.jacrev, argnums=numbers)
+    found, expected = (second(jax.grad(f, (0, 2, 5)))(*at) for f in (ours, plain))
+    chex.assert_trees_all_close(found, expected, rtol=1e-8, atol=1e-10)
+    forward = jax.jacfwd(jax.jacfwd(ours))(*at)
+    chex.assert_trees_all_close(forward, jax.hessian(plain)(*at), rtol=1e-8, atol=1e-10)
+
+
+def exact_gradient(x, labels, smoothing, z_loss=0.0):
+    """In which 1 - p of the label loses no digit: float64 has 16 of them."""
+    x, rows = np.asarray(x, np.longdouble), np.arange(len(x))
+    at = x[rows, labels][:, None]
+    is_label = np.eye(x.shape[1], dtype=bool)[labels]
+    rest = np.where(is_label, 0, np.exp(x - at)).sum(-1, keepdims=True)
+    p = np.exp(x - at) / (1 + rest)
+    lse = at + np.log1p(rest)
+    gradient = p * (1 + 2 * z_loss * lse) - smoothing / x.shape[1]
+    own = -(1 - smoothing) * rest / (1 + rest) + smoothing / (1 + rest)
+    own += 2 * z_loss * lse / (1 + rest) - smoothing / x.shape[1]
+    return np.where(is_label, own, gradient)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("confident", [0.0, 14.0], ids=["ordinary", "p > 1 - 1e-6"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-8)], ids=["f32", "bf16"]
+)
+def test_gradients_are_right_to_rounding(dtype, bound, confident, smoothing):
+    for seed, classes in enumerate((2, 10, 1000)):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, classes, 64)
+        x = rng.normal(size=(64, classes)).clip(-1, 1)
+        x[np.arange(64), labels] += confident + np.log(classes) * (confident > 0)
+        x = jnp.asarray(x, dtype)
+        p = jax.nn.softmax(x.astype(jnp.float32))[np.arange(64), labels]
+        assert not confident or p.max() > 1 - 1e-6
+        for y in (jnp.asarray(labels), jax.nn.one_hot(labels, classes)):
+            loss = functools.partial(
+                jaxreg.smoothed_cross_entropy,
+                labels=y,
+                smoothing=smoothing,
+                z_loss=1e-4,
+                reduction="sum",
+            )
+            found = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)
+            exact = exact_gradient(x, labels, smoothing, 1e-4).astype(np.float64)
+            error = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            assert error.max() <= bound
+
+
+@pytest.mark.skipif(JAX < (0, 10), reason="XLA before jax 0.10 fuses less on a CPU")
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"smoothing": 0.0}, {"z_loss": 1e-4, "ignore_index": 0}, {"class_weights": np.ones(8000)}],
+    ids=str,
+)
+def test_a_gradient_takes_no_memory_beside_itself(chosen):
+    x, labels = jax.ShapeDtypeStruct((512, 8000), jnp.float32), jnp.arange(512)
+
+    def loss(x):
+        return jaxreg.smoothed_cross_entropy(x, labels, **chosen, reduction="mean")
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 4 * 512 * 8000
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ignored_examples_count_for_nothing_whatever_they_hold(reduction):
+    logits, labels = problem(0)
+    some = {"z_loss": 0.1, "class_weights": np.linspace(0.5, 2, 7), "reduction": reduction}
+    ignored = labels.at[jnp.array([1, 3])].set(-100)
+    spoilt = logits.at[1].set(jnp.nan).at[3, 2].set(jnp.inf)
+
+    def loss(x):
+        return jaxreg.smoothed_cross_entropy(x, ignored, ignore_index=-100, **some)
+
+    kept = jnp.array([0, 2, 4])
+    expected = jaxreg.smoothed_cross_entropy(logits[kept], labels[kept], **some)
+    found = loss(spoilt)
+    if reduction == "none":
+        assert found[1] == found[3] == 0
+        found = found[kept]
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    gradient = jax.grad(lambda x: loss(x).sum())(spoilt)
+    np.testing.assert_array_equal(gradient[jnp.array([1, 3])], 0)
+    chex.assert_trees_all_close(gradient[kept], jax.grad(lambda x: loss(x).sum())(logits)[kept])
+
+
+def test_the_mean_of_nothing_is_zero():
+    logits, labels = problem(0)
+    all_ignored = functools.partial(
+        jaxreg.smoothed_cross_entropy, labels=labels * 0 - 1, ignore_index=-1, reduction="mean"
+    )
+    value, gradient = jax.value_and_grad(all_ignored)(logits)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+    empty = jnp.zeros((0, 5)), jnp.zeros(0, int)
+    assert jaxreg.smoothed_cross_entropy(*empty, reduction="mean") == 0
+
+
+def test_what_is_masked_may_hold_anything_and_gets_no_mass():
+    logits, _ = problem(0)
+    exists = jnp.array([True, True, False, True, False, True, True])
+    labels = jnp.array([0, 1, 3, 5, 6])
+    spoilt = jnp.where(exists, logits, jnp.array([0, 0, jnp.nan, 0, jnp.inf, 0, 0]))
+
+    def loss(x):
+        return jaxreg.smoothed_cross_entropy(x, labels, 0.3, z_loss=0.01, where=exists)
+
+    expected = loss(logits)
+    places = jnp.cumsum(exists) - 1
+    without = jaxreg.smoothed_cross_entropy(logits[:, exists], places[labels], 0.3, z_loss=0.01)
+    chex.assert_trees_all_close(expected, without, rtol=1e-6)
+    chex.assert_trees_all_close(loss(spoilt), expected)
+    gradient = jax.grad(lambda x: loss(x).sum())(spoilt)
+    np.testing.assert_array_equal(gradient[:, ~exists], 0)
+    chex.assert_trees_all_close(
+        gradient[:, exists], jax.grad(lambda x: loss(x).sum())(logits)[:, exists]
+    )
+    assert jnp.isinf(jaxreg.smoothed_cross_entropy(logits[0], jnp.array(2), where=exists))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -2])
+def test_the_classes_may_lie_along_any_axis(axis):
+    logits, _ = problem(0, rows=24)
+    logits = logits.reshape(2, 3, 4, 7)
+    labels = jnp.arange(24).reshape(2, 3, 4) % 7
+    moved = jnp.moveaxis(logits, -1, axis)
+    some = {"z_loss": 0.1, "class_weights": np.linspace(0.5, 2, 7)}
+    loss = jaxreg.smoothed_cross_entropy
+    expected = loss(logits, labels, **some)
+    chex.assert_trees_all_close(loss(moved, labels, axis=axis, **some), expected)
+    q = jnp.moveaxis(jax.nn.one_hot(labels, 7), -1, axis)
+    chex.assert_trees_all_close(loss(moved, q, axis=axis, **some), expected, rtol=1e-5)
+
+
+def test_in_scan_vmap_and_remat():
+    logits, labels = problem(0)
+    each = jax.grad(lambda x, y: jaxreg.smoothed_cross_entropy(x, y, z_loss=0.1))
+    expected = jnp.stack([each(x, y) for x, y in zip(logits, labels, strict=True)])
+    chex.assert_trees_all_close(jax.vmap(each)(logits, labels), expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(jax.lax.map(lambda xy: each(*xy), (logits, labels)), expected)
+
+    def whole(x):
+        return jaxreg.smoothed_cross_entropy(x, labels, z_loss=0.1, reduction="sum")
+
+    chex.assert_trees_all_close(jax.grad(jax.checkpoint(whole))(logits), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("spec", "count"), [(("x", None), 1), ((None, "x"), 2)], ids=["tokens", "vocabulary"]
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_sharded_logits_are_never_gathered(kind, spec, count, reduction):
+    """Tokens: one sum. Vocabulary: the maximum, and the other figures of a row together."""
+    logits, labels = problem(0, rows=16, classes=32)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+
+    def loss(x):
+        return jaxreg.smoothed_cross_entropy(x, labels, z_loss=0.1, reduction=reduction).sum()
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(*spec)))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(sharded).compile()
+        found = compiled(sharded)
+    chex.assert_trees_all_close(found, jax.value_and_grad(loss)(logits), rtol=1e-5, atol=1e-6)
+    assert collectives(compiled) == {"all-reduce": count}
+    assert found[1].sharding.is_equivalent_to(sharded.sharding, 2)
+
+
 def test_any_leading_shape():
     logits = jnp.zeros((2, 3, 4, 5))
     losses = jaxreg.smoothed_cross_entropy(logits, jnp.zeros((2, 3, 4), int))
@@ -160,3 +422,31 @@ def test_labels_may_be_constants_of_a_jitted_function(array):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         jaxreg.smoothed_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"z_loss": -1.0}, r"z_loss: got -1.0; accepted: .*>= 0"),
+        ({"soft_cap": 0.0}, "soft_cap: got 0.0"),
+        ({"ignore_index": 0.5}, "ignore_index: got 0.5; accepted: an integer"),
+        ({"class_weights": np.ones(4)}, r"class_weights: .*shape \(4,\).*3 numbers"),
+        ({"class_weights": np.array([1.0, -1.0, 1.0])}, "class_weights: .*-1.0"),
+        ({"where": np.ones(4, bool)}, r"where: .*shape \(4,\).*\(2, 3\)"),
+        ({"where": np.ones(3)}, "where: .*float64.*bools"),
+        ({"axis": 2}, "axis: got 2"),
+        ({"spread": "uniformly"}, r"spread: got 'uniformly' \(did you mean 'uniform'"),
+        ({"reduction": "avg"}, "reduction: got 'avg'"),
+    ],
+)
+def test_bad_options_are_named(bad, message):
+    with pytest.raises(jaxreg.ArgumentError, match=message):
+        jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int), **bad)
+
+
+def test_ignore_index_is_for_integer_labels():
+    with pytest.raises(jaxreg.ArgumentError, match="ignore_index: got -1 with labels"):
+        jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.zeros((2, 3)), ignore_index=-1)
+    message = r"labels: got the value 3; accepted: integers of shape \(2,\) in \[0, 3\) or -1"
+    with pytest.raises(jaxreg.ArgumentError, match=message):
+        jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.array([3, -1]), ignore_index=-1)

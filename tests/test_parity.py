@@ -1,4 +1,4 @@
-"""Clips and decays beside those of the libraries that they are to equal, by public calls of these.
+"""Clips, decays and losses beside those of libraries that they are to equal, by public calls.
 
 torch and Keras are in the extra ``parity``; ``.ci/run`` installs it and runs this file once more.
 """
@@ -249,3 +249,141 @@ def test_decays_as_the_library_itself_does(library, optimizer, libraries, x64):
     libraries(library)
     theirs, ours = DECAYS[library, optimizer]
     np.testing.assert_allclose(jaxreg_path(ours()), theirs(), rtol=1e-6)
+
+
+# Losses -----------------------------------------------------------------------------------------
+
+ROWS, CLASSES = 6, 5
+_draws = np.random.default_rng(0)
+LOGITS = 3 * _draws.normal(size=(ROWS, CLASSES))
+INDICES = np.array([0, 4, 2, 2, 1, 3])
+PROBABILITIES = _draws.dirichlet(np.ones(CLASSES), ROWS)
+WEIGHTS = _draws.uniform(0.2, 3, CLASSES)
+precisions = pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float64", 1e-12)])
+
+
+def torch_cross_entropy(dtype, labels, weights=None, **options):
+    """torch's value, and its gradient in the logits."""
+    torch = importlib.import_module("torch")
+    dtype = getattr(torch, dtype)
+    logits = torch.tensor(LOGITS, dtype=dtype).requires_grad_()
+    labels = torch.tensor(labels, dtype=None if labels.dtype.kind == "i" else dtype)
+    weights = None if weights is None else torch.tensor(weights, dtype=dtype)
+    loss = torch.nn.functional.cross_entropy(logits, labels, weights, **options)
+    loss.sum().backward()
+    return loss.detach().numpy(), logits.grad.numpy()
+
+
+def value_and_gradient(dtype, loss):
+    logits = jnp.asarray(LOGITS, dtype)
+    return loss(logits), jax.grad(lambda x: jnp.sum(loss(x)))(logits)
+
+
+def assert_equal(found, expected, bound):
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=bound, atol=bound)
+
+
+@precisions
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["no weights", "weights"])
+@pytest.mark.parametrize("ignored", [None, 2])
+def test_cross_entropy_of_indices_is_torchs(
+    libraries, dtype, bound, reduction, smoothing, weights, ignored, x64
+):
+    libraries("torch")
+    labels, identity = jnp.asarray(INDICES), jnp.eye(CLASSES, dtype=dtype)
+    some = {"class_weights": weights, "ignore_index": ignored, "reduction": reduction}
+    theirs = {} if ignored is None else {"ignore_index": ignored}
+    expected = torch_cross_entropy(
+        dtype, INDICES, weights, reduction=reduction, label_smoothing=smoothing, **theirs
+    )
+    for loss in (
+        lambda x: jaxreg.smoothed_cross_entropy(x, labels, smoothing, **some),
+        lambda x: jaxreg.linear_cross_entropy(x, identity, labels, None, smoothing, **some),
+    ):
+        assert_equal(value_and_gradient(dtype, loss), expected, bound)
+
+
+@precisions
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["no weights", "weights"])
+def test_cross_entropy_of_probabilities_is_torchs(libraries, dtype, bound, smoothing, weights, x64):
+    """torch's mean is over the rows here, whatever the weights: the sum over their number."""
+    libraries("torch")
+    q = jnp.asarray(PROBABILITIES, dtype)
+
+    def loss(x, reduction):
+        return jaxreg.smoothed_cross_entropy(
+            x, q, smoothing, class_weights=weights, reduction=reduction
+        )
+
+    for theirs, ours in {
+        "none": lambda x: loss(x, "none"),
+        "sum": lambda x: loss(x, "sum"),
+        "mean": lambda x: loss(x, "sum") / ROWS,
+    }.items():
+        expected = torch_cross_entropy(
+            dtype, PROBABILITIES, weights, reduction=theirs, label_smoothing=smoothing
+        )
+        assert_equal(value_and_gradient(dtype, ours), expected, bound)
+
+
+def test_the_mean_of_ignored_rows_is_nan_in_torch_and_zero_here(libraries):
+    libraries("torch")
+    ignored = np.full(ROWS, -100)
+    assert np.isnan(torch_cross_entropy("float32", ignored)[0])
+    logits = jnp.asarray(LOGITS, "float32")
+    found = jaxreg.smoothed_cross_entropy(
+        logits, jnp.asarray(ignored), ignore_index=-100, reduction="mean"
+    )
+    assert found == 0
+
+
+@precisions
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropies_are_keras(libraries, dtype, bound, smoothing, x64):
+    libraries("keras")
+    losses = importlib.import_module("keras").losses
+    logits, labels = jnp.asarray(LOGITS, dtype), jnp.asarray(INDICES)
+    one_hot = jax.nn.one_hot(labels, CLASSES, dtype=dtype)
+    options = {"label_smoothing": smoothing, "reduction": "sum", "dtype": dtype}
+    theirs = losses.CategoricalCrossentropy(from_logits=True, **options)
+    found = value_and_gradient(
+        dtype, lambda x: jaxreg.smoothed_cross_entropy(x, labels, smoothing, reduction="sum")
+    )
+    expected = value_and_gradient(dtype, lambda x: theirs(one_hot, x))
+    assert_equal(found, expected, bound)
+    binary = losses.BinaryCrossentropy(from_logits=True, **options)
+    ours = jaxreg.sigmoid_smoothed_cross_entropy(logits, one_hot, smoothing, reduction="sum")
+    # In any dtype: Keras keeps probabilities 1e-7 away from 0 and 1.
+    np.testing.assert_allclose(ours / CLASSES, binary(one_hot, logits), rtol=1e-6)
+
+
+@precisions
+def test_binary_cross_entropy_is_torchs(libraries, dtype, bound, x64):
+    libraries("torch")
+    torch = importlib.import_module("torch")
+    kind, labels = getattr(torch, dtype), np.eye(CLASSES)[INDICES]
+    logits, targets, weights = (torch.tensor(x, dtype=kind) for x in (LOGITS, labels, WEIGHTS))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, targets, pos_weight=weights, reduction="none"
+    )
+    found = jaxreg.sigmoid_smoothed_cross_entropy(
+        jnp.asarray(LOGITS, dtype), labels, 0.0, positive_weight=WEIGHTS
+    )
+    np.testing.assert_allclose(found, expected.numpy(), rtol=bound, atol=bound)
+
+
+@precisions
+def test_a_spread_over_the_others_is_fairseqs(dtype, bound, x64):
+    """(1 - e - e/(K-1)) nll + e/(K-1) times the sum of all -log p; uniform with e K/(K-1) too."""
+    e = 0.2
+    log_p = LOGITS - np.log(np.exp(LOGITS).sum(1, keepdims=True))
+    share, nll = e / (CLASSES - 1), -log_p[np.arange(ROWS), INDICES]
+    expected = (1 - e - share) * nll - share * log_p.sum(1)
+    logits, labels = jnp.asarray(LOGITS, dtype), jnp.asarray(INDICES)
+    for smoothing, spread in ((e, "others"), (e * CLASSES / (CLASSES - 1), "uniform")):
+        found = jaxreg.smoothed_cross_entropy(logits, labels, smoothing, spread=spread)
+        np.testing.assert_allclose(found, expected, rtol=bound)

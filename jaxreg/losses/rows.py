@@ -244,7 +244,8 @@ def _soft_parts(layout: Layout, x: jax.Array, v: jax.Array, z: Any) -> tuple[jax
     """L; the exponentials of all but the largest classes; m; s - 1; and log s."""
     largest = layout.largest(x)
     is_largest = x == largest
-    others = jnp.where(is_largest, 0, jnp.exp(x - largest))
+    # 0 for the largest, yet with its derivative.
+    others = jnp.where(is_largest, jnp.expm1(x - largest), jnp.exp(x - largest))
     number = layout.sum(is_largest.astype(x.dtype))
     less = layout.sum(others) + (number - 1)
     log_sum = jnp.log1p(less)

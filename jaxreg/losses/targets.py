@@ -119,7 +119,8 @@ def class_labels(
     labels = jnp.asarray(labels)
     rows, count = shape[:axis] + shape[axis + 1 :], shape[axis]
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    accepted = f"integers of shape {rows} in [0, {count})"
+    ignored = "" if options.ignore_index is None else f" or {options.ignore_index}"
+    accepted = f"integers of shape {rows} in [0, {count}){ignored}"
     accepted += f", or probabilities of {shape}" if soft else ""
     floating = soft and jnp.issubdtype(labels.dtype, jnp.floating)
     if not ((integer and labels.shape == rows) or (floating and labels.shape == shape)):
@@ -130,7 +131,6 @@ def class_labels(
     if integer and concrete is not None:
         wrong = (concrete < 0) | (concrete >= count)
         if options.ignore_index is not None:
-            accepted = accepted.replace(")", f") or {options.ignore_index}", 1)
             wrong &= concrete != options.ignore_index
         if wrong.any():
             raise _check.ArgumentError("labels", f"the value {concrete[wrong].flat[0]}", accepted)
