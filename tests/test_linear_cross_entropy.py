@@ -176,12 +176,11 @@ def test_the_logits_are_never_whole_in_memory():
 
 @pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("sum", 3), ("none", 4)])
 def test_matrix_products(reduction, products):
-    """Three with the gradient in the forward pass, as without blocks; else one for the loss, too."""
+    """Three with the gradient in the forward pass, as without blocks; else one more."""
     hidden, kernel, _, labels = problem(8, 3, 5, dtype=jnp.float32)
-    total = functools.partial(linear, labels=labels, reduction=reduction, block_size=4)
-    program = str(
-        jax.make_jaxpr(jax.value_and_grad(lambda h, k: total(h, k).sum(), (0, 1)))(hidden, kernel)
-    )
+    loss = functools.partial(linear, labels=labels, reduction=reduction, block_size=4)
+    both = jax.value_and_grad(lambda h, k: loss(h, k).sum(), (0, 1))
+    program = str(jax.make_jaxpr(both)(hidden, kernel))
     assert program.count("dot_general[") == products
 
 
