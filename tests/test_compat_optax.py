@@ -483,3 +483,8 @@ def test_parameters_end_at_0_exactly_in_mixed_dtypes(dtypes, strict):
     with jax.numpy_dtype_promotion("standard"):
         after = optax.apply_updates(p, found)
     assert after.tolist() == [0.0, 3.0]
+
+
+def test_the_names_that_are_listed_are_its_own():
+    assert dir(compat) == sorted(compat.__all__)
+    assert all(hasattr(optax, name) or name.startswith("unitwise") for name in dir(compat))

@@ -529,3 +529,19 @@ def test_the_strength_of_a_timescale():
             jaxreg.decay_from_timescale(1e-3, **bad)
     with pytest.raises(ValueError, match="^learning_rate: got 0.0"):
         jaxreg.decay_from_timescale(0.0, steps=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda s: jaxreg.weight_decay(s, 1.0), "strength"),
+        (lambda s: jaxreg.weight_decay(1.0, s), "rate"),
+        (jaxreg.l2_decay, "strength"),
+        (lambda s: jaxreg.spectral_decay(s, 1.0), "strength"),
+    ],
+)
+def test_a_schedule_gives_one_number(make, name):
+    p = jnp.ones((4, 3))
+    tx = make(lambda count: jnp.ones(2))
+    with pytest.raises(jaxreg.ArgumentError, match=rf"{name}: got a schedule that gives .*\(2,\)"):
+        tx.update(p, tx.init(p), p)

@@ -49,6 +49,10 @@ __all__ = [
 PyTree = Any
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def global_norm(updates: PyTree) -> jax.Array:
     """The Euclidean norm of every entry of a tree: `jaxreg.global_norm`.
 

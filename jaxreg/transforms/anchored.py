@@ -80,8 +80,8 @@ def selective_projection_decay(
     """
     _check.transformation("inner", inner)
     strength = _check.number_or_schedule("strength", strength)
-    if isinstance(toward, str):
-        _check.choice("toward", toward, ["init"])
+    if isinstance(toward, str) and toward != "init":
+        raise _check.ArgumentError("toward", repr(toward), "'init', or a tree like params")
     selector = _where.as_selector(where)
     inner = optax.with_extra_args_support(inner)
 
@@ -101,7 +101,7 @@ def selective_projection_decay(
         chosen = numbers(selector, params)
         anchors = [_tree.widen(p0) for p0 in state.anchor]
         pairs = [*zip(chosen, anchors, strict=True)]
-        own_strength = jnp.asarray(at(strength, state.count))
+        own_strength = jnp.asarray(at("strength", strength, state.count))
         ways = [_tree.widen(leaves[i]) - p0 for i, p0 in pairs]
         aways = [moved(leaves[i], moves[i]) - p0 for i, p0 in pairs]
         dots = [
@@ -194,7 +194,7 @@ def ewc(
         params = _check.params_given(params)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
-        own_strength = jnp.asarray(at(strength, state.count))
+        own_strength = jnp.asarray(at("strength", strength, state.count))
         kept = zip(state.anchor, state.fisher, strict=True)
         for i, (p0, f) in zip(numbers(selector, params), kept, strict=True):
             dtype = _tree.wide_dtype(moves[i].dtype)

@@ -53,7 +53,8 @@ def ema_of_params(decay: Number | optax.Schedule, *, debias: bool = True) -> Tra
     Returns:
         An optax transformation with state `AverageState`, the last of a chain; updates pass
         unchanged. ``update`` needs ``params``. `jaxreg.averaged_params` gives the average. Put it
-        inside of ``optax.MultiSteps``: outside, steps that only accumulate would count too.
+        inside of ``optax.MultiSteps``: outside, steps that only accumulate would count too; and
+        behind `jaxreg.stochastic_rounding`, not inside.
 
     Raises:
         ValueError: where the decay is outside [0, 1) or NaN; at ``init`` where a leaf is not a

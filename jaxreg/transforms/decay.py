@@ -180,7 +180,7 @@ def weight_decay(
         del extra_args
         params = _check.params_given(params)
         own_rate = rate_of(rate, learning_rate, state.count)
-        own_strength = at(strength, state.count)
+        own_strength = at("strength", strength, state.count)
 
         def decayed(u: jax.Array, p: jax.Array, anchor: jax.Array | None) -> jax.Array:
             dtype = _tree.wide_dtype(u.dtype)
@@ -257,7 +257,7 @@ def l2_decay(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, L2State]:
         params = _check.params_given(params)
-        amount = jnp.asarray(at(strength, state.count))
+        amount = jnp.asarray(at("strength", strength, state.count))
 
         def add(g: jax.Array, p: jax.Array, selected: bool) -> jax.Array:
             if not selected:

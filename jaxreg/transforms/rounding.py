@@ -52,7 +52,9 @@ def stochastic_rounding(
         a number of that dtype. It is where the weight stays within a factor of 2, or goes to 0;
         a larger move is rounded to nearest once more, by half of the spacing at the larger number
         at most. 16 random bits a weight are used: exact for normal numbers, and for bf16 in all.
-        Beyond the largest finite number, rounding up gives infinity.
+        Beyond the largest finite number, rounding up gives infinity. An average of the weights
+        (`jaxreg.ema_of_params`) goes outside of it, behind it in a chain: inside it would see the
+        steps before they are rounded.
 
     Raises:
         ValueError: where an argument is none of these; at ``init`` where a leaf is not floating,

@@ -73,7 +73,7 @@ def rate_of(
         ValueError: where neither is known.
     """
     if rate is not None:
-        return at(rate, count)
+        return at("rate", rate, count)
     if learning_rate is None:
         raise _check.ArgumentError(
             "rate",
@@ -83,9 +83,17 @@ def rate_of(
     return learning_rate
 
 
-def at(value: Number | optax.Schedule, count: jax.Array) -> Any:
-    """A number, or a schedule's value at a step."""
-    return value(count) if _check.is_schedule(value) else value
+def at(name: str, value: Number | optax.Schedule, count: jax.Array) -> Any:
+    """A number, or a schedule's value at a step.
+
+    Raises:
+        ValueError: where the schedule gives no scalar.
+    """
+    found = value(count) if _check.is_schedule(value) else value
+    if jnp.shape(found) != ():
+        given = f"a schedule that gives {_check.describe(found)}"
+        raise _check.ArgumentError(name, given, "a schedule that gives one number")
+    return found
 
 
 def product(rate: Any, strength: Any, dtype: Any) -> jax.Array:

@@ -112,7 +112,7 @@ def spectral_decay(
     ) -> tuple[optax.Updates, SpectralDecayState]:
         del extra_args
         params = _check.params_given(params)
-        factors = rate_of(rate, learning_rate, state.count), at(strength, state.count)
+        factors = rate_of(rate, learning_rate, state.count), at("strength", strength, state.count)
         leaves, treedef = jax.tree.flatten(params)
         moves = treedef.flatten_up_to(updates)
         rights = list(state.right)
