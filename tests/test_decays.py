@@ -193,7 +193,7 @@ def test_trees_that_are_not_like_the_parameters_are_refused_by_name():
         jaxreg.ewc(1.0, p, short).init(p)
     with pytest.raises(ValueError, match="toward: got a tree without the leaf bias"):
         jaxreg.selective_projection_decay(optax.sgd(0.1), toward=short).init(p)
-    with pytest.raises(ValueError, match="toward: got 'initial' .did you mean 'init'"):
+    with pytest.raises(ValueError, match="toward: got 'initial'; accepted: 'init', or a tree"):
         jaxreg.selective_projection_decay(optax.sgd(0.1), toward="initial")
     with pytest.raises(ValueError, match="fisher: got an array that holds -1.0 on bias"):
         jaxreg.ewc(1.0, p, {**p, "bias": -jnp.ones(2)})

@@ -45,8 +45,9 @@ def smoothed_cross_entropy(
     As ``torch.nn.CrossEntropyLoss(weight, ignore_index=..., label_smoothing=e)``. Labels q that sum
     to another number than 1 are taken as they are: without smoothing a row of zeros costs nothing.
     No one-hot array is made for integer labels. Sums are in float32 at least; a shift of the logits
-    changes nothing but rounding, and a confident prediction keeps the digits of its loss and
-    gradient. Differentiable in every argument that is a number, to any order.
+    changes nothing but rounding, and a confident prediction keeps the digits of its gradient.
+    Differentiable in every argument that is a number, to any order, and forward as well as in
+    reverse.
 
     Args:
         logits: unnormalized log-probabilities, real floating, with the classes along `axis`. A

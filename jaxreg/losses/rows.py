@@ -98,8 +98,13 @@ class IndexTargets(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums of a row: the largest logit m, the label's logit, the sum of exp(x - m) over the
-    other classes, and that of w (m - x) over all, None where it is not needed.
+    """The sums of a row.
+
+    Attributes:
+        largest: the largest logit m; 0 where all are -inf.
+        at_label: the label's logit.
+        others: the sum of exp(x - m) over the classes that are not the label.
+        away: the sum of w (m - x) over all classes; None where it is not needed.
     """
 
     largest: jax.Array

@@ -89,7 +89,7 @@ def at(name: str, value: Number | optax.Schedule, count: jax.Array) -> Any:
     Raises:
         ValueError: where the schedule gives no scalar.
     """
-    found = value(count) if _check.is_schedule(value) else value
+    found: Any = value(count) if _check.is_schedule(value) else value
     if jnp.shape(found) != ():
         given = f"a schedule that gives {_check.describe(found)}"
         raise _check.ArgumentError(name, given, "a schedule that gives one number")
