@@ -109,11 +109,13 @@ def focal_loss(
     if class_weights is not None:
         weighted = _nll(labels, logits, class_weights=class_weights, **options)
     falls = -jnp.expm1(-nll)  # 1 - p, of which no digit is lost
-    # A power has no derivative at 0, where the loss is 0 to first order (for gamma > 0).
-    power = jnp.where(falls > 0, falls, 1) ** jnp.asarray(gamma).astype(nll.dtype)
+    # A power has no derivative at 0, and its second one may overflow near it: below 1e-19 (in
+    # float32) the loss is as good as 0.
+    seen = falls > jnp.finfo(nll.dtype).tiny ** 0.5
+    power = jnp.where(seen, falls, 1) ** jnp.asarray(gamma).astype(nll.dtype)
     # An impossible label has an infinite loss, and the finite derivative of the cross-entropy.
     impossible = nll == jnp.inf
-    product = jnp.where(falls > 0, power, falls) * jnp.where(impossible, 0, weighted)
+    product = jnp.where(seen, power, falls) * jnp.where(impossible, 0, weighted)
     losses = jnp.where(impossible, weighted, product)
     return mean_or_sum(losses, reduction, _counts(labels, ignore_index))
 
