@@ -217,7 +217,7 @@ def integer(name: str, value: Any) -> int:
 
 def axis(name: str, value: int, x: Any) -> int:
     """An axis that x has, counted from 0."""
-    if not -x.ndim <= value < x.ndim:
+    if not is_whole(value) or not -x.ndim <= value < x.ndim:
         accepted = f"an axis of x, which has the shape {tuple(x.shape)}"
         raise ArgumentError(name, repr(value), accepted)
     return value % x.ndim

@@ -235,6 +235,16 @@ def _ewc(s: Any, x: jax.Array) -> Any:
     return tx.update(x, tx.init(x), x)
 
 
+LABELS = np.arange(4) % 3
+VOCABULARY = (np.arange(15).reshape(3, 5) - 7) / 8  # exact in every dtype
+
+
+def _online_labels(s: Any, x: jax.Array) -> Any:
+    online = jaxreg.online_label_smoothing(3, s)
+    losses, state = online.loss(online.init(), x, LABELS)
+    return losses, online.next_epoch(state)
+
+
 CASES: list[Case] = [
     # Separable
     _penalty("L1", jaxreg.L1, lambda x, s: s * np.abs(x).sum()),
@@ -691,8 +701,39 @@ CASES: list[Case] = [
     # Losses and noise
     Case(
         "smoothed_cross_entropy",
-        lambda s, x: jaxreg.smoothed_cross_entropy(x, jnp.arange(4) % 3, s),
+        lambda s, x: jaxreg.smoothed_cross_entropy(x, LABELS, s),
     ),
+    Case(
+        "linear_cross_entropy",
+        lambda s, x: jaxreg.linear_cross_entropy(
+            x, jnp.asarray(VOCABULARY, x.dtype), LABELS, smoothing=s
+        ),
+    ),
+    Case(
+        "sigmoid_smoothed_cross_entropy",
+        lambda s, x: jaxreg.sigmoid_smoothed_cross_entropy(x, np.eye(4, 3, dtype=bool), s),
+    ),
+    Case("focal_loss", lambda s, x: jaxreg.focal_loss(x, LABELS, s)),
+    Case("poly_loss", lambda s, x: jaxreg.poly_loss(x, LABELS, s, 0.25)),
+    Case("entropy", lambda s, x: jaxreg.entropy(x), has_strength=False),
+    Case("confidence_penalty", lambda s, x: jaxreg.confidence_penalty(x, s)),
+    Case("symmetric_kl", lambda s, x: jaxreg.symmetric_kl(x, x[::-1]), has_strength=False),
+    Case("smooth_labels", lambda s, x: jaxreg.smooth_labels(x, s)),
+    Case("mixup_loss", lambda s, x: jaxreg.mixup_loss(x, LABELS, LABELS[::-1], s)),
+    Case("online_label_smoothing", _online_labels),
+    Case("activity_penalty", lambda s, x: jaxreg.activity_penalty(x, jaxreg.L1(s))),
+    Case(
+        "gradient_penalty",
+        # Its gradient is 0 where x is.
+        lambda s, x: jaxreg.gradient_penalty(lambda y: jnp.sum(jnp.square(y), -1), x, s),
+    ),
+    Case(
+        "jacobian_penalty",
+        lambda s, x: jaxreg.jacobian_penalty(jax.nn.softmax, x, jax.random.key(0)),
+        has_strength=False,
+    ),
+    Case("orthogonality_penalty", lambda s, x: jaxreg.orthogonality_penalty(x), has_strength=False),
+    Case("penalty_value", lambda s, x: jaxreg.penalty_value(jaxreg.L1(s), x)),
     Case("dropout", lambda s, x: jaxreg.dropout(jax.random.key(0), x, s)),
 ]
 

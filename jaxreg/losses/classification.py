@@ -1,12 +1,15 @@
 """Losses of predicted classes beside the cross-entropy: of one class among two or many."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import _check, _tree
 from jaxreg.losses.cross_entropy import smoothed_cross_entropy
+from jaxreg.losses.rows import times
 from jaxreg.losses.targets import Number, Reduction, mean_or_sum
 
 
@@ -48,24 +51,18 @@ def sigmoid_smoothed_cross_entropy(
     """
     e = _check.fraction("smoothing", smoothing)
     x = _logits(logits)
-    y = jnp.asarray(labels)
-    if y.shape != x.shape or not (y.dtype == bool or _check.is_real(y)):
-        accepted = f"bools, 0 and 1, or probabilities of shape {x.shape}"
-        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
-    if _check.is_concrete(labels):
-        _check.array("labels", labels, "numbers from 0 to 1", lambda v: (v >= 0) & (v <= 1))
-    counts = None
-    if where is not None:
-        counts = _exist(where, x.shape)
+    counts = None if where is None else _exist(where, x.shape)
+    y = _binary(labels, x.shape, where).astype(x.dtype)
+    if counts is not None:
         # Twice: an entry that does not count may be NaN, whose derivative would be, too.
-        x = jnp.where(counts, x, 0)
+        x, y = jnp.where(counts, x, 0), jnp.where(counts, y, 0)
     e = jnp.asarray(e).astype(x.dtype)
-    q = (1 - e) * y.astype(x.dtype) + e / 2
-    positive = q * jax.nn.softplus(-x)
+    q = (1 - e) * y + e / 2
+    positive = q
     if positive_weight is not None:
         weight = jnp.asarray(_check.strengths("positive_weight", positive_weight))
         positive *= _fitting("positive_weight", weight, x.shape).astype(x.dtype)
-    losses = positive + (1 - q) * jax.nn.softplus(x)
+    losses = times(positive, jax.nn.softplus(-x)) + times(1 - q, jax.nn.softplus(x))
     return mean_or_sum(losses, reduction, counts)
 
 
@@ -112,9 +109,14 @@ def focal_loss(
     if class_weights is not None:
         weighted = _nll(labels, logits, class_weights=class_weights, **options)
     falls = -jnp.expm1(-nll)  # 1 - p, of which no digit is lost
-    # A power has no derivative at 0, where the loss is 0 to first order (for gamma > 0).
-    power = jnp.where(falls > 0, falls, 1) ** jnp.asarray(gamma).astype(nll.dtype)
-    losses = jnp.where(falls > 0, power, falls) * weighted
+    # A power has no derivative at 0, and its second one may overflow near it: below 1e-19 (in
+    # float32) the loss is as good as 0.
+    seen = falls > jnp.finfo(nll.dtype).tiny ** 0.5
+    power = jnp.where(seen, falls, 1) ** jnp.asarray(gamma).astype(nll.dtype)
+    # An impossible label has an infinite loss, and the finite derivative of the cross-entropy.
+    impossible = nll == jnp.inf
+    product = jnp.where(seen, power, falls) * jnp.where(impossible, 0, weighted)
+    losses = jnp.where(impossible, weighted, product)
     return mean_or_sum(losses, reduction, _counts(labels, ignore_index))
 
 
@@ -148,7 +150,8 @@ def poly_loss(
         The loss of each example, or a scalar; float32 (float64 for 64-bit logits).
 
     Raises:
-        ValueError: as `jaxreg.smoothed_cross_entropy` does, or where epsilon is below -1 or NaN.
+        ValueError: as `jaxreg.smoothed_cross_entropy` does, or where epsilon is below -1 or not
+            finite.
 
     Source: Z. Leng et al., *PolyLoss*, ICLR 2022, arXiv:2204.12511.
 
@@ -156,7 +159,8 @@ def poly_loss(
     >>> round(float(jaxreg.poly_loss(jnp.array([[0.0, 0.0]]), jnp.array([1]), 2.0)[0]), 4)
     1.6931
     """
-    epsilon = _check.scalar("epsilon", epsilon, "a number >= -1", lambda v: v >= -1)
+    accepted = "a finite number >= -1"
+    epsilon = _check.scalar("epsilon", epsilon, accepted, lambda v: -1 <= v < math.inf)
     options = {"ignore_index": ignore_index, "where": where, "axis": axis}
     nll = _nll(labels, logits, **options)
     losses = smoothed_cross_entropy(logits, labels, smoothing, **options)
@@ -166,7 +170,8 @@ def poly_loss(
         exist = jnp.broadcast_to(jnp.asarray(where), jnp.shape(logits))
         number = jnp.sum(exist, axis, nll.dtype)
     # The probabilities add up to 1: what the smoothing adds is the same for all.
-    falls = (1 - e) * -jnp.expm1(-nll) + e * (1 - 1 / jnp.asarray(number, nll.dtype))
+    number = jnp.maximum(jnp.asarray(number, nll.dtype), 1)
+    falls = (1 - e) * -jnp.expm1(-nll) + e * (1 - 1 / number)
     counts = _counts(labels, ignore_index)
     added = jnp.asarray(epsilon).astype(nll.dtype) * falls
     losses += added if counts is None else jnp.where(counts, added, 0)
@@ -274,9 +279,10 @@ def symmetric_kl(
     if x.shape != other.shape:
         raise _check.ArgumentError("other_logits", _check.describe(other), f"shape {x.shape}")
     (log_p, p), (log_q, q) = (_log_softmax(z, where, axis, -jnp.inf) for z in (x, other))
-    both = jnp.isfinite(log_p) & jnp.isfinite(log_q)
-    apart = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
-    terms = jnp.where(both | (p == q), (p - q) * apart, jnp.inf)
+    never, other_never = log_p == -jnp.inf, log_q == -jnp.inf
+    either = never | other_never
+    apart = jnp.where(either, 0, log_p) - jnp.where(either, 0, log_q)
+    terms = jnp.where(never ^ other_never, jnp.inf, (p - q) * apart)
     return mean_or_sum(jnp.sum(terms, axis) / 2, reduction)
 
 
@@ -288,6 +294,20 @@ def _logits(logits: Any, name: str = "logits") -> jax.Array:
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise _check.ArgumentError(name, _check.describe(logits), "a real floating array")
     return _tree.widen(logits)
+
+
+def _binary(labels: Any, shape: tuple[int, ...], where: Any) -> jax.Array:
+    """Labels of a shape that are from 0 to 1, where they count."""
+    y = jnp.asarray(labels)
+    if y.shape != shape or not (y.dtype == bool or _check.is_real(y)):
+        accepted = f"bools, 0 and 1, or probabilities of shape {shape}"
+        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+    where = True if where is None else where
+    if _check.is_concrete(labels) and _check.is_concrete(where):
+        # In NumPy: within a trace even a selection of constants is traced.
+        counting = np.where(where, np.asarray(labels).astype(np.float64), 0)
+        _check.array("labels", counting, "numbers from 0 to 1", lambda v: (v >= 0) & (v <= 1))
+    return y
 
 
 def _fitting(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

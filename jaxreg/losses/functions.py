@@ -50,10 +50,8 @@ def jacobian_penalty(
     """
     inputs = _batch("inputs", inputs)
     samples = _check.whole_number("samples", samples, at_least=1)
-    outputs, pull = jax.vjp(function, inputs)
-    if outputs.shape[:1] != inputs.shape[:1]:
-        accepted = f"a function whose outputs have {inputs.shape[0]} rows, as the inputs"
-        raise _check.ArgumentError("function", f"outputs {_check.describe(outputs)}", accepted)
+    accepted = f"a function whose outputs are a floating array of {inputs.shape[0]} rows"
+    outputs, pull = _pullback(function, inputs, accepted)
 
     def estimate(key: jax.Array) -> jax.Array:
         (found,) = pull(jax.random.rademacher(key, outputs.shape, outputs.dtype))
@@ -97,9 +95,9 @@ def gradient_penalty(
     """
     target = _check.nonnegative("target", target)
     inputs = _batch("inputs", inputs)
-    outputs, pull = jax.vjp(function, inputs)
-    if outputs.shape[:1] != inputs.shape[:1] or outputs.size != inputs.shape[0]:
-        accepted = f"a function with one output for each of the {inputs.shape[0]} inputs"
+    accepted = f"a function with one floating output for each of the {inputs.shape[0]} inputs"
+    outputs, pull = _pullback(function, inputs, accepted)
+    if outputs.size != inputs.shape[0]:
         raise _check.ArgumentError("function", f"outputs {_check.describe(outputs)}", accepted)
     squares = _squares(*pull(jnp.ones_like(outputs)))
     positive = squares > 0
@@ -155,6 +153,18 @@ def _batch(name: str, x: Any) -> jax.Array:
         accepted = "a real floating array with a batch axis"
         raise _check.ArgumentError(name, _check.describe(x), accepted)
     return x
+
+
+def _pullback(function: Any, inputs: jax.Array, accepted: str) -> tuple[jax.Array, Any]:
+    """The outputs, and the function from their cotangents to those of the inputs."""
+    if not callable(function):
+        raise _check.ArgumentError("function", _check.describe(function), accepted)
+    outputs, pull = jax.vjp(function, inputs)
+    if not isinstance(outputs, jax.Array):
+        raise _check.ArgumentError("function", f"outputs {type(outputs).__name__}", accepted)
+    if outputs.shape[:1] != inputs.shape[:1] or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise _check.ArgumentError("function", f"outputs {_check.describe(outputs)}", accepted)
+    return outputs, pull
 
 
 def _squares(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg.losses.cross_entropy import smoothed_cross_entropy
-from jaxreg.losses.rows import Layout
+from jaxreg.losses.rows import Layout, times
 from jaxreg.losses.targets import (
     Number,
     Options,
@@ -103,13 +103,15 @@ def mixup_loss(
     >>> round(float(mixed[0]), 5), round(float(soft[0]), 5)
     (0.82288, 0.82288)
     """
+    if not callable(loss):
+        raise _check.ArgumentError("loss", _check.describe(loss), "a function of logits and labels")
     first, second = loss(logits, labels), loss(logits, other_labels)
     accepted = f"numbers from 0 to 1, one or of shape {first.shape}"
     weight = _check.array("weight", weight, accepted, lambda v: (v >= 0) & (v <= 1))
     share = jnp.asarray(weight).astype(first.dtype)
     if share.shape not in ((), first.shape):
         raise _check.ArgumentError("weight", _check.describe(weight), accepted)
-    return mean_or_sum(share * first + (1 - share) * second, reduction)
+    return mean_or_sum(times(share, first) + times(1 - share, second), reduction)
 
 
 class OnlineLabels(NamedTuple):
@@ -183,6 +185,9 @@ def online_label_smoothing(
         if jnp.shape(logits)[-1:] != (classes,):
             accepted = f"an array of shape (..., {classes})"
             raise _check.ArgumentError("logits", _check.describe(logits), accepted)
+        logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise _check.ArgumentError("labels", _check.describe(labels), "integers")
         ordinary = smoothed_cross_entropy(logits, labels, 0.0)
         soft = jax.lax.stop_gradient(state.soft)[labels]
         softened = smoothed_cross_entropy(logits, soft, 0.0)
@@ -194,9 +199,11 @@ def online_label_smoothing(
     def _counted(state: OnlineLabels, logits: jax.Array, labels: jax.Array) -> OnlineLabels:
         flat, labels = logits.reshape(-1, classes), labels.reshape(-1)
         # As a product of matrices, which adds up in any order and on any mesh.
-        right = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
-        right *= (jnp.argmax(flat, -1) == labels).astype(jnp.float32)[:, None]
         p = jax.nn.softmax(flat.astype(jnp.float32))
+        right = (jnp.argmax(flat, -1) == labels) & jnp.isfinite(jnp.sum(p, -1))
+        # 0 times NaN is NaN, of which the state would keep all rows.
+        p = jnp.where(right[:, None], p, 0)
+        right = jnp.where(right[:, None], jax.nn.one_hot(labels, classes, dtype=p.dtype), 0)
         total = state.total + jnp.matmul(right.T, p, precision="highest")
         return state._replace(total=total, number=state.number + jnp.sum(right, 0))
 

@@ -153,7 +153,7 @@ def index_targets(
     if not _is_zero(options.smoothing):
         e = jnp.asarray(options.smoothing).astype(dtype)
         if options.spread == "uniform":
-            on, off = on * (1 - e), counts * (e / classes.number)
+            on, off = on * (1 - e), counts * _share(e, classes)
         else:
             e, others = _of_others(e, classes)
             off = counts * (e / others)
@@ -162,6 +162,11 @@ def index_targets(
     if not _is_zero(options.z_loss):
         z = counts * jnp.asarray(options.z_loss).astype(dtype)
     return IndexTargets(labels, on, off, classes.shares, classes.total, z), own
+
+
+def _share(e: jax.Array, classes: Classes) -> jax.Array:
+    """A class's share, e / K; finite where no class exists, and so none has a share."""
+    return e / jnp.maximum(classes.number, 1)
 
 
 def _of_others(e: jax.Array, classes: Classes) -> tuple[jax.Array, jax.Array]:
@@ -183,7 +188,7 @@ def soft_targets(
     if not _is_zero(options.smoothing):
         e = jnp.asarray(options.smoothing).astype(dtype)
         if options.spread == "uniform":
-            share = jnp.broadcast_to(e / classes.number, q.shape)
+            share = jnp.broadcast_to(_share(e, classes), q.shape)
         else:
             e, others = _of_others(e, classes)
             share = e * (1 - q) / others

@@ -41,14 +41,13 @@ def penalty_value(
     >>> float(jaxreg.penalty_value(jaxreg.L1(0.1), params, where="bias"))
     0.5
     """
-    leaves = jax.tree.leaves(params)
-    total = jnp.zeros((), _tree.widest_dtype(params))
+    leaves, values = jax.tree.leaves(params), []
     for part in as_penalties(penalty):
         part = part if where is None else part.on(where)
         # One by one: values add up also where proximal operators do not.
-        for place in places([part], params):
-            total += place.penalty.value(place.of(leaves)).astype(total.dtype)
-    return total
+        values += [place.penalty.value(place.of(leaves)) for place in places([part], params)]
+    dtype = _tree.widest_dtype(values)
+    return sum((value.astype(dtype) for value in values), jnp.zeros((), dtype))
 
 
 def activity_penalty(activations: Any, penalty: Penalty) -> jax.Array:
@@ -78,4 +77,5 @@ def activity_penalty(activations: Any, penalty: Penalty) -> jax.Array:
     if activations.ndim == 0:
         accepted = "an array of shape (B, ...)"
         raise _check.ArgumentError("activations", _check.describe(activations), accepted)
-    return jax.vmap(penalty.value)(activations)
+    with _check.of_argument("activations"):
+        return jax.vmap(penalty.value)(activations)
