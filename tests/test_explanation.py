@@ -398,6 +398,20 @@ def test_what_is_found_in_pieces_is_the_same(monkeypatch):
     assert "by global norm 2" in str(pieces)
 
 
+def test_leaves_that_are_alike_are_compiled_once(monkeypatch):
+    made, pieces = [], running.Program.pieces
+    monkeypatch.setattr(running.Program, "pieces", lambda *args: made.append(pieces(*args)))
+    params = {f"l{i}": jnp.full((4, 4), 0.1) for i in range(300)}
+    tx = jaxreg.regularize(
+        optax.scale_by_adam(), LR, clip=1.0, l2=0.01, decay=WD, penalty=jaxreg.L1(1e-3)
+    )
+    with pytest.raises(TypeError):  # nothing is run
+        jaxreg.explain(tx, params)
+    ((*made,),) = made
+    assert len(made) <= 4 * len(params)
+    assert len({piece.function for piece in made}) <= 20
+
+
 def test_extra_arguments_are_passed_on():
     def update(grads, state, params=None, *, value, **extra):
         return jax.tree.map(lambda g: -value * g, grads), state

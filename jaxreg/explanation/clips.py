@@ -57,7 +57,7 @@ class Clips:
         """One finding for each leaf."""
         n, own = len(self.prober.shapes), {"own": 1.0}
         draw = self.prober.draw
-        far = np.exp2(draw.uniform(0, 3, n))
+        far = [np.exp2(draw.uniform(0, 3, n)) for _ in range(2)]
         top, runs = self.scales[-1], {}
         for i, s in enumerate(self.scales):
             second = ({"r2": s}, own)
@@ -65,7 +65,9 @@ class Clips:
             runs["above", i] = [({"r": s * self.ratio}, own), second]
         second = ({"r2": top}, own)
         runs["entries"] = [({"sign": top}, own), second]  # the same signs, another direction
-        runs["leaves"] = [({"r": far * top}, own), second]
+        # Twice, as one leaf's share of the norm may stay what it is.
+        for i, factors in enumerate(far):
+            runs["leaves", i] = [({"r": factors * top}, own), second]
         runs["minus"] = [({"r": -top}, own), second]
         out = self.prober.run(runs)
         found = [Clip()] * n
@@ -112,7 +114,7 @@ class Clips:
         first = max(i for i in range(last + 1) if not same[i]) + 1
         if first >= 2 and 0.3 < far[first - 2] / (far[first - 1] * self.ratio) < 3:
             self.smooth.add(leaf)
-        if not self._same(base, out["leaves"], leaf):
+        if not all(self._same(base, out["leaves", i], leaf) for i in range(2)):
             return Clip("by global norm"), first
         if base.updates[0][leaf].size > 1 and self._same(base, out["entries"], leaf):
             return Clip("by value"), first

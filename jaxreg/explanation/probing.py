@@ -137,7 +137,8 @@ class Prober:
         with passed_on("update"):
             if key not in self.runners:
                 try:
-                    self.runners[key] = Runner(jax.vmap(update), *args)
+                    self.runners[key] = Runner(update, self.lanes, *args)
+                    return self.runners[key](*args)
                 except UNTRACEABLE:
                     self.runners[key] = looped
             return self.runners[key](*args)
