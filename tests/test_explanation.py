@@ -17,7 +17,9 @@ PARAMS = {
     },
     "out": jnp.asarray(0.1 * DRAW.normal(size=(4, 3)).astype(np.float32)),
 }
+SMALL = {"bias": jnp.ones(4), "kernel": jnp.asarray(DRAW.normal(size=(5, 4)).astype(np.float32))}
 LR, WD = 1e-3, 0.1
+WARM = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
 
 
 def matrices(params):
@@ -293,7 +295,67 @@ def test_a_decay_below_the_rounding_of_the_weights_is_unknown_where_weights_are_
 def test_frozen_leaves_show():
     labels = {"dense": {"bias": "no", "kernel": "yes"}, "out": "no"}
     tx = optax.partition({"yes": optax.adamw(LR), "no": optax.set_to_zero()}, labels)
-    assert [leaf.frozen for leaf in found(tx).values()] == [True, False, True]
+    for wrapped in (tx, optax.MultiSteps(tx, 3), jaxreg.skip_step(tx)):
+        assert [leaf.frozen for leaf in found(wrapped).values()] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("tx", "step", "acts_at"),
+    [
+        (optax.MultiSteps(optax.sgd(LR), 100), 0, None),
+        (optax.adamw(lambda count: jnp.where(count >= 3 * 2**20, LR, 0.0)), 0, None),
+        (optax.adamw(lambda count: jnp.where(count >= 20_000, LR, 0.0)), 0, 32_768),
+        (
+            optax.adamw(lambda count: jnp.where((300 < count) & (count < 900), LR, 0.0)),
+            0,
+            512,
+        ),
+        (optax.adamw(optax.cosine_decay_schedule(LR, 1000)), 1000, 999),
+        (optax.adamw(optax.cosine_decay_schedule(LR, 1000)), 2000, 0),
+    ],
+)
+def test_a_leaf_that_trains_at_another_step_is_not_frozen(tx, step, acts_at):
+    explained = jaxreg.explain(tx, SMALL, step=step)
+    for leaf in explained.leaves:
+        assert (leaf.frozen, leaf.still, leaf.acts_at) == (False, True, acts_at)
+        if step or acts_at is None:
+            assert leaf.decay_kind == leaf.clip == "unknown"
+    assert ("no update at the steps tried" in str(explained)) == (acts_at is None)
+
+
+def test_updates_that_are_applied_every_few_calls_are_seen():
+    every = optax.apply_every(4)
+    assert decays(optax.chain(every, optax.sgd(0.1))) == [NONE] * 3
+    tx = optax.chain(every, optax.add_decayed_weights(0.01), optax.sgd(0.1))
+    assert decays(tx) == [("decoupled", near(1e-3), None)] * 3
+    # Counters of calls are not set to a step.
+    tx = optax.MultiSteps(optax.adamw(WARM, weight_decay=WD), 4)
+    assert decays(tx, step=100) == [("decoupled", near(LR * WD), None)] * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_counters_are_found_by_what_they_do(dtype):
+    def update(grads, state, params=None):
+        amount = jnp.where(state["t"] >= 100, 0.01, 0.0)
+        return jax.tree.map(lambda g, p: -g - amount * p, grads, params), {"t": state["t"] + 1}
+
+    tx = optax.GradientTransformation(lambda params: {"t": jnp.zeros((), dtype)}, update)
+    assert decays(tx) == [NONE] * 3
+    assert decays(tx, step=500) == [("decoupled", near(0.01), None)] * 3
+
+
+def test_a_warm_up_that_counts_what_it_has_seen_is_over_at_a_later_step():
+    tx = optax.chain(jaxreg.adagc(), optax.adamw(LR))
+    assert {leaf.clip for leaf in found(tx).values()} == {"by global norm"}
+    assert {leaf.clip for leaf in found(tx, step=1000).values()} == {"unknown"}
+
+
+def test_numbers_that_are_not_those_of_the_step_are_listed():
+    tx = optax.chain(jaxreg.zclip(), optax.adamw(LR))
+    explained = jaxreg.explain(tx, SMALL, step=1000)
+    assert explained.unset == ("0/memory/mean",)
+    assert "0/memory/mean is as at the start, not as at step 1000" in str(explained)
+    assert jaxreg.explain(tx, SMALL).unset == jaxreg.explain(ADAMW, SMALL, step=1000).unset == ()
 
 
 @pytest.mark.parametrize(
@@ -447,9 +509,7 @@ def test_bad_input_is_refused(call, name):
         call()
 
 
-SMALL = {"bias": jnp.ones(4), "kernel": jnp.asarray(DRAW.normal(size=(5, 4)).astype(np.float32))}
 PENALTY = jaxreg.L1(1e-2)
-WARM = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
 LATE = jaxreg.weight_decay(lambda count: jnp.where(count < 500, 0.0, WD), LR)
 NO_CLIP = {"clip": "none", "clip_threshold": None}
 SOME_CLIP = {"clip": "unknown", "clip_threshold": None}

@@ -27,8 +27,8 @@ class LeafExplanation:
         penalized: whether small weights become exactly zero.
         penalty_threshold: the weights up to which they do, where it is a soft threshold that does
             not depend on the gradient.
-        frozen: whether there is no update for any gradient, weights and step that were tried.
-        still: whether there is no update at this step, but at another one.
+        frozen: whether the update is zero by how it is computed.
+        still: whether there is no update at this step, though the leaf is not frozen.
         acts_at: a step at which there is an update, or one of weights alone, that is not there
             at this step; None where none was found.
         lost: whether the decay of most of the weights is below half a unit in their last place.
@@ -65,7 +65,9 @@ class LeafExplanation:
         if self.penalty_threshold is not None:
             penalty = f"zero up to {self.penalty_threshold:.3g}"
         notes = ["decay is lost"] if self.lost else []
-        if self.acts_at is not None:
+        if self.still and self.acts_at is None:
+            notes.append("no update at the steps tried")
+        elif self.acts_at is not None:
             no = "no step is taken at this step: try step=" if self.still else "more acts at step "
             notes.append(f"{no}{self.acts_at}")
         notes += [f"{len(self.dtypes)} dtypes change"] if self.dtypes else []
@@ -81,6 +83,8 @@ class Explanation:
         step: the step that was asked for.
         state_dtypes: the leaves of the state whose dtype is another one after an update, which
             ``jax.lax.scan`` refuses.
+        unset: the numbers of the state that change with each step and are as at the start, where
+            `step` is not 0: what depends on them, such as a running norm, is not that of `step`.
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> isinstance(jaxreg.explain(optax.sgd(0.1), jnp.ones(3)), jaxreg.Explanation)
@@ -90,6 +94,7 @@ class Explanation:
     leaves: tuple[LeafExplanation, ...]
     step: int
     state_dtypes: tuple[str, ...]
+    unset: tuple[str, ...]
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "decay", "clip", "exact zeros", "notes")]
@@ -107,7 +112,8 @@ class Explanation:
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append(_short("  ".join(cells).rstrip(), 100))
-        lines += [_short(f"state: {text}", 100) for text in self.state_dtypes]
+        unset = [f"{name} is as at the start, not as at step {self.step}" for name in self.unset]
+        lines += [_short(f"state: {text}", 100) for text in [*self.state_dtypes, *unset]]
         return "\n".join(lines)
 
 

@@ -17,6 +17,17 @@ from jax.extend import core
 
 # Operations that only hold a program: its operations take their place.
 _HOLDERS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+# Operations that make zeros of zeros; a product does of one.
+_ZEROS = (
+    "select_n",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "neg",
+    "reshape",
+    "copy",
+    "add",
+    "sub",
+)
 WHOLE = 800  # operations that are compiled at once
 PART = 50  # of these, where a group has many
 MANY = 16  # arrays that one operation joins, which are no one leaf's
@@ -55,7 +66,12 @@ class Piece(NamedTuple):
 
 
 class Runner:
-    """`function` for many probes, the first axis of all that it takes and returns."""
+    """`function` for many probes, the first axis of all that it takes and returns.
+
+    Attributes:
+        are_zero: what it returns, with whether it is zero whatever comes in.
+        reads: the numbers of values that are read; those of arguments come first.
+    """
 
     def __init__(self, function: Callable[..., Any], lanes: int, *examples: Any):
         one = jax.tree.map(_of_one_probe, examples)
@@ -67,6 +83,8 @@ class Runner:
         self.results = program.add(traced, list(self.inputs))
         self.constants = program.constants
         self.pieces = program.pieces(self.results)
+        self.are_zero = self.treedef.unflatten([program.is_zero(r) for r in self.results])
+        self.reads = {i for op in program.operations for i in op.reads}
 
     def __call__(self, *args: Any) -> Any:
         """What `function` returns."""
@@ -94,6 +112,7 @@ class Program:
         self.constants: dict[int, Any] = {}
         self.operations: list[Operation] = []
         self.made: dict[Any, list[int]] = {}
+        self.zeros: set[int] = set()
 
     def add(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         """Appends the operations of a program with these inputs; returns its outputs."""
@@ -139,7 +158,12 @@ class Program:
         ]
 
     def _operation(
-        self, primitive: Any, params: Any, inputs: list[Any], avals: list[Any], effects: bool = False
+        self,
+        primitive: Any,
+        params: Any,
+        inputs: list[Any],
+        avals: list[Any],
+        effects: bool = False,
     ) -> list[int]:
         """The outputs of an operation, which is appended unless it is there.
 
@@ -150,7 +174,22 @@ class Program:
         if key not in self.made:
             self.made[key] = outputs = [self._new(aval) for aval in avals]
             self.operations.append(Operation(primitive, params, inputs, outputs, effects))
+            given = inputs[1:] if primitive.name == "select_n" else inputs
+            are_zero = [self.is_zero(i) for i in given]
+            if (
+                primitive.name in _ZEROS
+                and all(are_zero)
+                or primitive.name == "mul"
+                and any(are_zero)
+            ):
+                self.zeros.update(outputs)
         return self.made[key]
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is zero whatever the arguments are."""
+        if isinstance(value, Literal):
+            return not np.any(value.value)
+        return value in self.zeros
 
     def pieces(self, results: list[Any]) -> list[Piece]:
         """The operations in an order in which they can run; what nothing needs is left out."""
