@@ -95,6 +95,31 @@ def test_decay_is_measured(tx, expected):
         assert leaf == (kind, amount and near(amount), l2 and near(l2))
 
 
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.chain(optax.add_decayed_weights(1e-3), optax.adamw(1e-3)), ("decoupled", 1e-7)),
+        (
+            optax.chain(optax.add_decayed_weights(1e-3), optax.adamw(3e-4, weight_decay=1e-4)),
+            ("decoupled", 3e-8),
+        ),
+        (jaxreg.regularize(optax.scale_by_adam(), LR, clip=1.0, l2=1e-3), ("coupled", 0.0)),
+        # Here weights can't go far without a gradient that is clipped.
+        (
+            jaxreg.regularize(optax.scale_by_adam(), LR, clip=1.0, l2=1e-3, decay=1e-4),
+            ("unknown", None),
+        ),
+    ],
+)
+def test_a_small_decay_beside_an_l2_is_measured_or_unknown(tx, expected):
+    kernel = 0.02 * np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    kind, amount = expected
+    (leaf,) = jaxreg.explain(tx, {"kernel": jnp.asarray(kernel)}).leaves
+    assert (leaf.decay_kind, leaf.decay, leaf.l2) == (kind, amount and near(amount), near(1e-3))
+    if amount is None:
+        assert leaf.findings()[0] == "unknown and l2 0.001"
+
+
 @pytest.mark.parametrize("mask", [matrices, matrices(PARAMS)])
 def test_a_mask_shows(mask):
     yes = ("decoupled", near(LR * WD), None)
@@ -306,7 +331,7 @@ def test_frozen_leaves_show():
         (optax.adamw(lambda count: jnp.where(count >= 3 * 2**20, LR, 0.0)), 0, None),
         (optax.adamw(lambda count: jnp.where(count >= 20_000, LR, 0.0)), 0, 32_768),
         (
-            optax.adamw(lambda count: jnp.where((300 < count) & (count < 900), LR, 0.0)),
+            optax.adamw(lambda count: jnp.where((count > 300) & (count < 900), LR, 0.0)),
             0,
             512,
         ),

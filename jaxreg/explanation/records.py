@@ -20,7 +20,8 @@ class LeafExplanation:
             anchor"; "gated" (only where the update makes the weight smaller); "not linear" (then
             `decay` is the amount at these weights' scale); or "unknown". Coupled and decoupled
             are the same thing where the direction has no memory, and are "decoupled" then.
-        l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found.
+        l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found. Beside
+            it a small decay may be "unknown".
         clip: "none"; "by value"; "by leaf norm"; "by global norm", of all leaves (in a tree of
             one leaf it is the leaf's); or "unknown", as clips by units and by running norms.
         clip_threshold: the norm, or size of an entry, above which the gradient is clipped.
@@ -55,11 +56,10 @@ class LeafExplanation:
         """Its row of the table without path and shape."""
         if self.frozen:
             return "-", "-", "-", "frozen"
-        amount = "" if self.decay is None else f"{self.decay:.3g} "
-        decay = "unknown" if self.decay is None else amount + self.decay_kind
+        decay = "unknown" if self.decay is None else f"{self.decay:.3g} {self.decay_kind}"
         decay = {"none": "none", "coupled": f"l2 {self.l2 or 0:.3g}"}.get(self.decay_kind, decay)
-        if self.decay_kind == "decoupled" and self.l2:
-            decay = f"{amount}and l2 {self.l2:.3g}"
+        if self.l2 and self.decay_kind != "coupled":
+            decay = f"{decay.removesuffix(' decoupled')} and l2 {self.l2:.3g}"
         at = "" if self.clip_threshold is None else f" {self.clip_threshold:.3g}"
         penalty = {None: "unknown", False: "none", True: "exact zeros"}[self.penalized]
         if self.penalty_threshold is not None:
