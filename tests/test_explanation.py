@@ -266,6 +266,12 @@ MIXING = [  # a unit's entries depend on each other
 ]
 
 
+AVERAGING = [  # the new weights do not depend on the old ones
+    (jaxreg.rda(0.1, jaxreg.L1(0.01)), UNKNOWN, "unknown"),
+    (jaxreg.rmda(0.1, jaxreg.L1(0.01)), UNKNOWN, "unknown"),
+]
+
+
 @pytest.mark.parametrize(
     ("tx", "kernel", "bias"),
     [
@@ -286,6 +292,7 @@ MIXING = [  # a unit's entries depend on each other
             "toward an anchor",
         ),
         (optax.chain(ADAM, jaxreg.constrained_decay()), ("none", 0.0), "none"),
+        *AVERAGING,
         (jaxreg.stochastic_rounding(ADAMW, seed=0), DECAYS, "decoupled"),
         (optax.chain(ADAMW, jaxreg.ema_of_params(0.99)), DECAYS, "decoupled"),
         (optax.chain(ADAMW, jaxreg.lookahead(5)), DECAYS, "decoupled"),
@@ -301,8 +308,73 @@ def test_this_librarys_transformations_are_told_or_unknown(tx, kernel, bias):
         leaf = leaves[name]
         assert (leaf.decay_kind, leaf.decay) == (kind, amount and near(amount))
         mixes = any(tx is row[0] for row in MIXING)
-        assert (leaf.clip, leaf.penalized) == ("unknown" if mixes else "none", False)
+        averages = any(tx is row[0] for row in AVERAGING)
+        assert leaf.clip == ("unknown" if mixes else "none")
+        assert leaf.penalized == (None if averages else False)
     assert leaves["dense/bias"].decay_kind == bias
+
+
+@pytest.mark.parametrize("method", [jaxreg.rda, jaxreg.rmda])
+def test_weights_that_are_made_anew_have_no_decay(method):
+    for leaf in found(method(0.1, jaxreg.L1(1.0))).values():
+        assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+
+
+@pytest.mark.parametrize(("init", "warm_up"), [("inflection", None), ("warm_start", 100)])
+def test_a_bound_that_is_yet_to_be_found_is_unknown_at_a_later_step(init, warm_up):
+    tx = optax.chain(ADAM, jaxreg.constrained_decay(init=init, warm_up=warm_up))
+    leaves = found(tx, step=1000)
+    assert leaves["dense/bias"].decay_kind == "none"
+    assert leaves["dense/kernel"].decay_kind == "unknown"
+
+
+def test_decays_that_differ_between_entries_or_at_random_are_unknown():
+    def halved(u, p, c):
+        return u - 0.05 * jnp.where(jnp.arange(p.size).reshape(p.shape) % 2, p, 0)
+
+    weights = jax.tree.map(jnp.zeros_like, SMALL)
+    fisher = jax.tree.map(lambda p: jnp.linspace(0.1, 1, p.size).reshape(p.shape), SMALL)
+    ewc = optax.chain(jaxreg.ewc(0.1, weights, fisher), optax.sgd(0.1))
+    for tx in (step_of(halved), ewc):
+        for leaf in found(tx, SMALL).values():
+            assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+    rounded = jaxreg.stochastic_rounding(optax.adamw(0.1, weight_decay=0.5), seed=0)
+    params = {"bias": jnp.ones(5, jnp.bfloat16)}
+    for seed in range(3):
+        (leaf,) = jaxreg.explain(rounded, params, seed=seed).leaves
+        assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+
+
+def test_a_decay_that_stops_at_the_present_weights_has_no_sign():
+    tx = step_of(lambda u, p, c: u - 0.01 * jnp.where(jnp.abs(p) > 1, p, 0))
+    (leaf,) = jaxreg.explain(tx, jnp.ones((3, 4))).leaves
+    assert leaf.findings()[0] == "0 not linear"
+
+
+def test_a_threshold_below_the_rounding_of_the_weights_is_unknown():
+    params = {"kernel": SMALL["kernel"].astype(jnp.bfloat16)}
+    for seed in range(3):
+        (leaf,) = jaxreg.explain(jaxreg.prox_adam(1e-3, jaxreg.L1(0.1)), params, seed=seed).leaves
+        assert (leaf.penalized, leaf.penalty_threshold) == (True, None)
+
+
+def test_a_clip_from_one_side_is_unknown():
+    clip = optax.stateless(lambda g, p: jax.tree.map(lambda x: jnp.clip(x, -0.1, 0.5), g))
+    params = {"two": jnp.ones(2), "one": jnp.ones(1)}
+    for seed in range(4):
+        for leaf in jaxreg.explain(optax.chain(clip, optax.sgd(0.1)), params, seed=seed).leaves:
+            assert (leaf.clip, leaf.clip_threshold) == ("unknown", None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.filterwarnings("error")
+def test_thresholds_are_given_in_as_many_digits_as_there_are(dtype):
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, 0.9))
+    for seed in range(3):
+        for leaf in found(tx, params, seed=seed).values():
+            assert leaf.clip_threshold in ((None,) if dtype == jnp.bfloat16 else (None, 1.0))
+    found(optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, 0.9)), params)
 
 
 def test_an_l1_decay_makes_exact_zeros():

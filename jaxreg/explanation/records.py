@@ -24,7 +24,8 @@ class LeafExplanation:
             it a small decay may be "unknown".
         clip: "none"; "by value"; "by leaf norm"; "by global norm", of all leaves (in a tree of
             one leaf it is the leaf's); or "unknown", as clips by units and by running norms.
-        clip_threshold: the norm, or size of an entry, above which the gradient is clipped.
+        clip_threshold: the norm, or size of an entry, above which the gradient is clipped; None
+            where it could not be told to two digits, as in bfloat16.
         penalized: whether small weights become exactly zero.
         penalty_threshold: the weights up to which they do, where it is a soft threshold that does
             not depend on the gradient.

@@ -174,14 +174,9 @@ class Program:
         if key not in self.made:
             self.made[key] = outputs = [self._new(aval) for aval in avals]
             self.operations.append(Operation(primitive, params, inputs, outputs, effects))
-            given = inputs[1:] if primitive.name == "select_n" else inputs
-            are_zero = [self.is_zero(i) for i in given]
-            if (
-                primitive.name in _ZEROS
-                and all(are_zero)
-                or primitive.name == "mul"
-                and any(are_zero)
-            ):
+            name = primitive.name
+            zero = [self.is_zero(i) for i in (inputs[1:] if name == "select_n" else inputs)]
+            if (name in _ZEROS and all(zero)) or (name == "mul" and any(zero)):
                 self.zeros.update(outputs)
         return self.made[key]
 
