@@ -17,7 +17,9 @@ PARAMS = {
     },
     "out": jnp.asarray(0.1 * DRAW.normal(size=(4, 3)).astype(np.float32)),
 }
+SMALL = {"bias": jnp.ones(4), "kernel": jnp.asarray(DRAW.normal(size=(5, 4)).astype(np.float32))}
 LR, WD = 1e-3, 0.1
+WARM = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
 
 
 def matrices(params):
@@ -91,6 +93,31 @@ def test_decay_is_measured(tx, expected):
     kind, amount, l2 = expected
     for leaf in decays(tx):
         assert leaf == (kind, amount and near(amount), l2 and near(l2))
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.chain(optax.add_decayed_weights(1e-3), optax.adamw(1e-3)), ("decoupled", 1e-7)),
+        (
+            optax.chain(optax.add_decayed_weights(1e-3), optax.adamw(3e-4, weight_decay=1e-4)),
+            ("decoupled", 3e-8),
+        ),
+        (jaxreg.regularize(optax.scale_by_adam(), LR, clip=1.0, l2=1e-3), ("coupled", 0.0)),
+        # Here weights can't go far without a gradient that is clipped.
+        (
+            jaxreg.regularize(optax.scale_by_adam(), LR, clip=1.0, l2=1e-3, decay=1e-4),
+            ("unknown", None),
+        ),
+    ],
+)
+def test_a_small_decay_beside_an_l2_is_measured_or_unknown(tx, expected):
+    kernel = 0.02 * np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    kind, amount = expected
+    (leaf,) = jaxreg.explain(tx, {"kernel": jnp.asarray(kernel)}).leaves
+    assert (leaf.decay_kind, leaf.decay, leaf.l2) == (kind, amount and near(amount), near(1e-3))
+    if amount is None:
+        assert leaf.findings()[0] == "unknown and l2 0.001"
 
 
 @pytest.mark.parametrize("mask", [matrices, matrices(PARAMS)])
@@ -239,6 +266,12 @@ MIXING = [  # a unit's entries depend on each other
 ]
 
 
+AVERAGING = [  # the new weights do not depend on the old ones
+    (jaxreg.rda(0.1, jaxreg.L1(0.01)), UNKNOWN, "unknown"),
+    (jaxreg.rmda(0.1, jaxreg.L1(0.01)), UNKNOWN, "unknown"),
+]
+
+
 @pytest.mark.parametrize(
     ("tx", "kernel", "bias"),
     [
@@ -259,6 +292,7 @@ MIXING = [  # a unit's entries depend on each other
             "toward an anchor",
         ),
         (optax.chain(ADAM, jaxreg.constrained_decay()), ("none", 0.0), "none"),
+        *AVERAGING,
         (jaxreg.stochastic_rounding(ADAMW, seed=0), DECAYS, "decoupled"),
         (optax.chain(ADAMW, jaxreg.ema_of_params(0.99)), DECAYS, "decoupled"),
         (optax.chain(ADAMW, jaxreg.lookahead(5)), DECAYS, "decoupled"),
@@ -274,8 +308,73 @@ def test_this_librarys_transformations_are_told_or_unknown(tx, kernel, bias):
         leaf = leaves[name]
         assert (leaf.decay_kind, leaf.decay) == (kind, amount and near(amount))
         mixes = any(tx is row[0] for row in MIXING)
-        assert (leaf.clip, leaf.penalized) == ("unknown" if mixes else "none", False)
+        averages = any(tx is row[0] for row in AVERAGING)
+        assert leaf.clip == ("unknown" if mixes else "none")
+        assert leaf.penalized == (None if averages else False)
     assert leaves["dense/bias"].decay_kind == bias
+
+
+@pytest.mark.parametrize("method", [jaxreg.rda, jaxreg.rmda])
+def test_weights_that_are_made_anew_have_no_decay(method):
+    for leaf in found(method(0.1, jaxreg.L1(1.0))).values():
+        assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+
+
+@pytest.mark.parametrize(("init", "warm_up"), [("inflection", None), ("warm_start", 100)])
+def test_a_bound_that_is_yet_to_be_found_is_unknown_at_a_later_step(init, warm_up):
+    tx = optax.chain(ADAM, jaxreg.constrained_decay(init=init, warm_up=warm_up))
+    leaves = found(tx, step=1000)
+    assert leaves["dense/bias"].decay_kind == "none"
+    assert leaves["dense/kernel"].decay_kind == "unknown"
+
+
+def test_decays_that_differ_between_entries_or_at_random_are_unknown():
+    def halved(u, p, c):
+        return u - 0.05 * jnp.where(jnp.arange(p.size).reshape(p.shape) % 2, p, 0)
+
+    weights = jax.tree.map(jnp.zeros_like, SMALL)
+    fisher = jax.tree.map(lambda p: jnp.linspace(0.1, 1, p.size).reshape(p.shape), SMALL)
+    ewc = optax.chain(jaxreg.ewc(0.1, weights, fisher), optax.sgd(0.1))
+    for tx in (step_of(halved), ewc):
+        for leaf in found(tx, SMALL).values():
+            assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+    rounded = jaxreg.stochastic_rounding(optax.adamw(0.1, weight_decay=0.5), seed=0)
+    params = {"bias": jnp.ones(5, jnp.bfloat16)}
+    for seed in range(3):
+        (leaf,) = jaxreg.explain(rounded, params, seed=seed).leaves
+        assert (leaf.decay_kind, leaf.decay) == UNKNOWN
+
+
+def test_a_decay_that_stops_at_the_present_weights_has_no_sign():
+    tx = step_of(lambda u, p, c: u - 0.01 * jnp.where(jnp.abs(p) > 1, p, 0))
+    (leaf,) = jaxreg.explain(tx, jnp.ones((3, 4))).leaves
+    assert leaf.findings()[0] == "0 not linear"
+
+
+def test_a_threshold_below_the_rounding_of_the_weights_is_unknown():
+    params = {"kernel": SMALL["kernel"].astype(jnp.bfloat16)}
+    for seed in range(3):
+        (leaf,) = jaxreg.explain(jaxreg.prox_adam(1e-3, jaxreg.L1(0.1)), params, seed=seed).leaves
+        assert (leaf.penalized, leaf.penalty_threshold) == (True, None)
+
+
+def test_a_clip_from_one_side_is_unknown():
+    clip = optax.stateless(lambda g, p: jax.tree.map(lambda x: jnp.clip(x, -0.1, 0.5), g))
+    params = {"two": jnp.ones(2), "one": jnp.ones(1)}
+    for seed in range(4):
+        for leaf in jaxreg.explain(optax.chain(clip, optax.sgd(0.1)), params, seed=seed).leaves:
+            assert (leaf.clip, leaf.clip_threshold) == ("unknown", None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.filterwarnings("error")
+def test_thresholds_are_given_in_as_many_digits_as_there_are(dtype):
+    params = {"bias": jnp.ones(4, dtype), "kernel": jnp.ones((4, 3), dtype)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, 0.9))
+    for seed in range(4):
+        for leaf in found(tx, params, seed=seed).values():
+            assert leaf.clip_threshold in ((None,) if dtype == jnp.bfloat16 else (None, 1.0))
+    found(optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, 0.9)), params)
 
 
 def test_an_l1_decay_makes_exact_zeros():
@@ -293,7 +392,73 @@ def test_a_decay_below_the_rounding_of_the_weights_is_unknown_where_weights_are_
 def test_frozen_leaves_show():
     labels = {"dense": {"bias": "no", "kernel": "yes"}, "out": "no"}
     tx = optax.partition({"yes": optax.adamw(LR), "no": optax.set_to_zero()}, labels)
-    assert [leaf.frozen for leaf in found(tx).values()] == [True, False, True]
+    for wrapped in (tx, optax.MultiSteps(tx, 3), jaxreg.skip_step(tx)):
+        assert [leaf.frozen for leaf in found(wrapped).values()] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("tx", "step", "acts_at"),
+    [
+        (optax.MultiSteps(optax.sgd(LR), 100), 0, None),
+        (optax.adamw(lambda count: jnp.where(count >= 3 * 2**20, LR, 0.0)), 0, None),
+        (optax.adamw(lambda count: jnp.where(count >= 20_000, LR, 0.0)), 0, 32_768),
+        (
+            optax.adamw(lambda count: jnp.where((count > 300) & (count < 900), LR, 0.0)),
+            0,
+            512,
+        ),
+        (optax.adamw(optax.cosine_decay_schedule(LR, 1000)), 1000, 999),
+        (optax.adamw(optax.cosine_decay_schedule(LR, 1000)), 2000, 0),
+    ],
+)
+def test_a_leaf_that_trains_at_another_step_is_not_frozen(tx, step, acts_at):
+    explained = jaxreg.explain(tx, SMALL, step=step)
+    for leaf in explained.leaves:
+        assert (leaf.frozen, leaf.still, leaf.acts_at) == (False, True, acts_at)
+        if step or acts_at is None:
+            assert leaf.decay_kind == leaf.clip == "unknown"
+    assert ("no update at the steps tried" in str(explained)) == (acts_at is None)
+
+
+def test_updates_that_are_applied_every_few_calls_are_seen():
+    every = optax.apply_every(4)
+    for leaf in found(optax.chain(every, optax.sgd(0.1))).values():
+        assert (leaf.frozen, leaf.still, leaf.decay_kind, leaf.clip) == (
+            False,
+            False,
+            "none",
+            "none",
+        )
+    tx = optax.chain(every, optax.add_decayed_weights(0.01), optax.sgd(0.1))
+    assert decays(tx) == [("decoupled", near(1e-3), None)] * 3
+    # Counters of calls are not set to a step.
+    tx = optax.MultiSteps(optax.adamw(WARM, weight_decay=WD), 4)
+    assert decays(tx, step=100) == [("decoupled", near(LR * WD), None)] * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_counters_are_found_by_what_they_do(dtype):
+    def update(grads, state, params=None):
+        amount = jnp.where(state["t"] >= 100, 0.01, 0.0)
+        return jax.tree.map(lambda g, p: -g - amount * p, grads, params), {"t": state["t"] + 1}
+
+    tx = optax.GradientTransformation(lambda params: {"t": jnp.zeros((), dtype)}, update)
+    assert decays(tx) == [NONE] * 3
+    assert decays(tx, step=500) == [("decoupled", near(0.01), None)] * 3
+
+
+def test_a_warm_up_that_counts_what_it_has_seen_is_over_at_a_later_step():
+    tx = optax.chain(jaxreg.adagc(), optax.adamw(LR))
+    assert {leaf.clip for leaf in found(tx).values()} == {"by global norm"}
+    assert {leaf.clip for leaf in found(tx, step=1000).values()} == {"unknown"}
+
+
+def test_numbers_that_are_not_those_of_the_step_are_listed():
+    tx = optax.chain(jaxreg.zclip(), optax.adamw(LR))
+    explained = jaxreg.explain(tx, SMALL, step=1000)
+    assert explained.unset == ("0/memory/mean",)
+    assert "0/memory/mean is as at the start, not as at step 1000" in str(explained)
+    assert jaxreg.explain(tx, SMALL).unset == jaxreg.explain(ADAMW, SMALL, step=1000).unset == ()
 
 
 @pytest.mark.parametrize(
@@ -398,6 +563,20 @@ def test_what_is_found_in_pieces_is_the_same(monkeypatch):
     assert "by global norm 2" in str(pieces)
 
 
+def test_leaves_that_are_alike_are_compiled_once(monkeypatch):
+    made, pieces = [], running.Program.pieces
+    monkeypatch.setattr(running.Program, "pieces", lambda *args: made.append(pieces(*args)))
+    params = {f"l{i}": jnp.full((4, 4), 0.1) for i in range(300)}
+    tx = jaxreg.regularize(
+        optax.scale_by_adam(), LR, clip=1.0, l2=0.01, decay=WD, penalty=jaxreg.L1(1e-3)
+    )
+    with pytest.raises(TypeError):  # nothing is run
+        jaxreg.explain(tx, params)
+    ((*made,),) = made
+    assert len(made) <= 4 * len(params)
+    assert len({piece.function for piece in made}) <= 20
+
+
 def test_extra_arguments_are_passed_on():
     def update(grads, state, params=None, *, value, **extra):
         return jax.tree.map(lambda g: -value * g, grads), state
@@ -433,9 +612,7 @@ def test_bad_input_is_refused(call, name):
         call()
 
 
-SMALL = {"bias": jnp.ones(4), "kernel": jnp.asarray(DRAW.normal(size=(5, 4)).astype(np.float32))}
 PENALTY = jaxreg.L1(1e-2)
-WARM = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
 LATE = jaxreg.weight_decay(lambda count: jnp.where(count < 500, 0.0, WD), LR)
 NO_CLIP = {"clip": "none", "clip_threshold": None}
 SOME_CLIP = {"clip": "unknown", "clip_threshold": None}

@@ -31,10 +31,15 @@ def tolerance(dtype: str) -> float:
     return {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}.get(dtype, 64 * 2.0**-23)
 
 
-def _rounded(threshold: float) -> float:
-    """The number of two digits that a threshold agrees with, as exactly as it was measured."""
-    near = float(f"{threshold:.1e}")
-    return near if abs(threshold - near) <= MEASURED * near else threshold
+def _rounded(threshold: float, tol: float) -> float | None:
+    """The number of two digits that a threshold agrees with, as exactly as it was measured.
+
+    None where that is not as exactly as two digits.
+    """
+    near, tol = float(f"{threshold:.1e}"), max(MEASURED, tol)
+    if tol > 0.005:
+        return None
+    return near if abs(threshold - near) <= tol * near else threshold
 
 
 class Clips:
@@ -57,7 +62,7 @@ class Clips:
         """One finding for each leaf."""
         n, own = len(self.prober.shapes), {"own": 1.0}
         draw = self.prober.draw
-        far = np.exp2(draw.uniform(0, 3, n))
+        far = [np.exp2(draw.uniform(0, 3, n)) for _ in range(2)]
         top, runs = self.scales[-1], {}
         for i, s in enumerate(self.scales):
             second = ({"r2": s}, own)
@@ -65,7 +70,9 @@ class Clips:
             runs["above", i] = [({"r": s * self.ratio}, own), second]
         second = ({"r2": top}, own)
         runs["entries"] = [({"sign": top}, own), second]  # the same signs, another direction
-        runs["leaves"] = [({"r": far * top}, own), second]
+        # Twice, as one leaf's share of the norm may stay what it is.
+        for i, factors in enumerate(far):
+            runs["leaves", i] = [({"r": factors * top}, own), second]
         runs["minus"] = [({"r": -top}, own), second]
         out = self.prober.run(runs)
         found = [Clip()] * n
@@ -112,7 +119,7 @@ class Clips:
         first = max(i for i in range(last + 1) if not same[i]) + 1
         if first >= 2 and 0.3 < far[first - 2] / (far[first - 1] * self.ratio) < 3:
             self.smooth.add(leaf)
-        if not self._same(base, out["leaves"], leaf):
+        if not all(self._same(base, out["leaves", i], leaf) for i in range(2)):
             return Clip("by global norm"), first
         if base.updates[0][leaf].size > 1 and self._same(base, out["entries"], leaf):
             return Clip("by value"), first
@@ -172,11 +179,13 @@ class Clips:
                 below[i], above[i] = np.array([0.95, 1.05]) * base * factors[i]
         # Other weights too: a constraint on the weights bounds the update by them.
         others = [{"own": 1.0, "q": 8.0 * np.array(prober.scales)}, {"own": 2.0}]
+        # And the other signs, as entries may be clipped from one side alone.
         out = prober.run(
             {
-                (name, k): [({"q2": s}, moved), ({"r2": np.array(at)}, moved)]
+                (name, (k, sign)): [({"q2": sign * s}, moved), ({"r2": np.array(at)}, moved)]
                 for name, s in [("below", below), ("above", above), ("far", above * self.ratio)]
                 for k, moved in enumerate(others)
+                for sign in (1, -1)
             }
         )
         checked = list(found)
@@ -184,10 +193,10 @@ class Clips:
             good = all(
                 self._distance(out["above", k], out["far", k], i) <= 4 * self.tol[i]
                 and self._share_moved(out["below", k], out["far", k], i) >= 0.9
-                for k in range(len(others))
+                for k in [(k, sign) for k in range(len(others)) for sign in (1, -1)]
             )
             if good:
-                checked[i] = Clip(found[i].kind, _rounded(float(limits[i])))
+                checked[i] = Clip(found[i].kind, _rounded(float(limits[i]), self.tol[i]))
             else:
                 checked[i] = Clip("none" if i in self.smooth else "unknown")
         return checked

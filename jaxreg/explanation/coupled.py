@@ -11,6 +11,10 @@ import numpy as np
 from jaxreg.explanation.clips import Clip
 from jaxreg.explanation.decays import Decay, Decays
 
+CANCELLED = 10.0  # times the gradient: what an L2 adds and the gradient takes away
+SEEN = 20.0  # a decay, times the one that could not be told from none
+LOST = 2.0**-25  # a decay that weights of float32 are rounded back from
+
 
 def find_coupled(decays: Decays, found: list[Decay], clips: list[Clip]) -> None:
     """Completes the findings of leaves whose weights went into the state."""
@@ -68,12 +72,14 @@ def find_coupled(decays: Decays, found: list[Decay], clips: list[Clip]) -> None:
                 left.remove(i)
                 continue
             l2[i] *= float(np.interp(0, along, factors))
-    _verify(decays, found, np.nan_to_num(l2), left, g, two, moved)
+    free = all(c.kind == "none" for c in clips)
+    _verify(decays, found, np.nan_to_num(l2), left, g, free, two, moved)
 
 
-def _verify(decays, found, l2, left, g, two, moved) -> None:
+def _verify(decays, found, l2, left, g, free, two, moved) -> None:
     """What is found is kept where it predicts other probes."""
     prober, unit = decays.prober, decays.unit
+    half = any(leaf.dtype == np.float16 for leaf in prober.shapes)
     checks = {
         "base": two({}, np.zeros(len(unit))),
         "moved": two({"q2": -l2 * moved}, moved),
@@ -81,15 +87,22 @@ def _verify(decays, found, l2, left, g, two, moved) -> None:
     }
     out = prober.run(checks)
     runs = {"zero": [({"r": g}, {})]}
-    # So far that a clip before does not see what is added to the gradient.
-    room = 100 * g / np.maximum(np.abs(l2) * unit, 1e-30)
-    for name, (pattern, far) in {
-        "q": ("q", 1.0),
-        "minus": ("q", -1.0),
-        "other": ("q2", 30.0),
-    }.items():
-        p = np.clip(far, -room, room) * unit
-        runs[name] = [({"r": g, pattern: -l2 * p}, {pattern: p})]
+    # The further the weights are, the smaller decays show; what is taken from the gradient then is
+    # ten times as much as what is left, and a clip before should see neither.
+    far = 30.0 * np.array([1.0] if half else [1.0, 1e3, 1e6])
+    strength = np.maximum(np.abs(l2) * unit, 1e-30)
+    runs = {}
+    for k, reach in enumerate(far):
+        grads = np.maximum(10 * g, strength * reach / CANCELLED) if free else 10 * g
+        reaches = np.minimum(reach, CANCELLED * grads / strength)
+        runs["zero", k] = [({"r": grads}, {})]
+        for name, (pattern, share) in {
+            "q": ("q", 0.03),
+            "-": ("q", -0.03),
+            "q2": ("q2", 1),
+        }.items():
+            p = share * reaches * unit
+            runs[name, k] = [({"r": grads, pattern: -l2 * p}, {pattern: p})]
     first = prober.run(runs)
     for i in left:
         tol = max(100 * decays.tol[i], 1e-3)
@@ -97,19 +110,24 @@ def _verify(decays, found, l2, left, g, two, moved) -> None:
         size = np.abs(base).max()
         if any(np.abs(out[k].updates[1][i] - base).max() > tol * size for k in ("moved", "back")):
             continue
-        zero = first["zero"].updates[0][i]
-        p, u = first["other"].weights[0][i], first["other"].updates[0][i]
-        amount = float(-np.dot(u - zero, p) / np.dot(p, p))
-        noise = tol * np.abs(zero).max()
-        if abs(amount) * np.abs(p).max() <= noise:
-            amount = 0.0
-        fits = all(
-            np.all(
-                np.abs(r.updates[0][i] - zero + amount * r.weights[0][i])
-                <= noise + tol * np.abs(amount * r.weights[0][i])
-            )
-            for r in first.values()
-        )
-        if fits:
-            found[i].l2, found[i].amount = float(l2[i]), amount
-            found[i].kind = "decoupled" if amount else "coupled"
+        bounds, tol = {}, 16 * decays.tol[i]
+        for k in range(len(far)):
+            zero, p = first["zero", k].updates[0][i], first["q2", k].weights[0][i]
+            noise = tol * np.abs(zero).max()
+            change = first["q2", k].updates[0][i] - zero
+            amount = float(-np.dot(change, p) / np.dot(p, p))
+            if all(
+                np.all(
+                    np.abs(first[n, k].updates[0][i] - zero + amount * first[n, k].weights[0][i])
+                    <= noise + tol * np.abs(amount * first[n, k].weights[0][i])
+                )
+                for n in ("q", "-", "q2")
+            ):
+                bounds[noise / np.abs(p).max()] = amount
+        if not bounds:
+            continue
+        found[i].l2, bound = float(l2[i]), min(bounds)
+        if abs(bounds[bound]) >= SEEN * bound:
+            found[i].amount, found[i].kind = bounds[bound], "decoupled"
+        elif abs(bounds[bound]) <= bound <= LOST:
+            found[i].amount, found[i].kind = 0.0, "coupled"

@@ -78,6 +78,8 @@ class Decays:
                 "near": [({"r": low}, q), ({"r2": low}, q)],
                 "far": [({"r": low}, self.weights(q2=far)), ({"r2": low}, q)],
                 "still": [(zero, zero), (zero, zero)],
+                "again q": [(zero, q), (zero, q)],
+                "again own": [(zero, weights["own"]), (zero, weights["own"])],
                 "other": [({"r2": low}, q), ({"r2": low}, q)],
             }
         )
@@ -216,15 +218,15 @@ class Leaf:
         if same or self._is_odd(amount):
             if not np.any(base):
                 found.amount, found.kind = amount, "decoupled"
-            elif self._has_anchor():
+            elif self._stays("still"):
                 found.amount, found.kind = amount, "toward an anchor"
         elif self._is_gated(amount):
             found.amount, found.kind = amount, "gated"
 
-    def _has_anchor(self) -> bool:
-        """Whether u(0, 0) stays what it is, but for a schedule; noise changes."""
-        first, second = (u[self.i] for u in self.two["still"].updates)
-        factor = np.dot(first, second) / np.dot(first, first)
+    def _stays(self, again: str) -> bool:
+        """Whether an update stays what it is, but for a schedule; noise changes."""
+        first, second = (u[self.i] for u in self.two[again].updates)
+        factor = np.dot(first, second) / max(np.dot(first, first), 1e-300)
         return self._close(second, factor * first, np.abs(second) + np.abs(factor * first))
 
     def _is_gated(self, amount: float) -> bool:
@@ -251,10 +253,20 @@ class Leaf:
         if (
             same
             and not np.any(base)
+            and not self._is_linear_by_entry()
             and self._close(self.u("0", "q"), -self.u("0", "minus"), np.abs(self.u("0", "q")))
+            and all(self._stays(again) for again in ("again q", "again own"))
         ):
-            found.amount = float(-np.dot(self.u("0", name), p) / np.dot(p, p))
+            found.amount = float(-np.dot(self.u("0", name), p) / np.dot(p, p)) + 0.0
             found.kind = "not linear"
+
+    def _is_linear_by_entry(self) -> bool:
+        """Whether each entry decays in proportion to itself, though not all by one amount."""
+        far = self.u("0", "far") / self.w("far")
+        names = ("q", "minus", "small", "middle", "other")
+        return all(
+            self._close(self.u("0", n), far * self.w(n), np.abs(far * self.w(n))) for n in names
+        )
 
     def _zeroes(self, found: Decay) -> bool:
         """Whether small weights become exactly 0, and large ones do not."""
@@ -280,6 +292,8 @@ class Leaf:
 
         rounding = 4 * self.eps
         decay = float(-np.mean(slope("q", "far")))
+        if abs(decay - 1) <= self.tol:
+            return  # the new weights do not depend on the old ones
         checks = [slope("middle", "far"), slope("q", "middle"), slope("q", "far")]
         checks += [slope("middle", "far", "+"), slope("middle", "far", "-")]
         if any(np.any(np.abs(s + decay) > rounding + self.tol * abs(decay)) for s in checks):
@@ -312,4 +326,6 @@ class Leaf:
             seen = moved != 0
             if np.any((np.abs(w + self.u(g, name) - new) > size)[seen]):
                 return
+            if size.min() > threshold / 2:
+                return  # another threshold would fit as well
         found.threshold = threshold

@@ -15,6 +15,7 @@ from jaxreg.explanation.probing import Prober, Sequences
 from jaxreg.explanation.records import Explanation, LeafExplanation, describe_change
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is told as what is not finite
 def explain(
     tx: optax.GradientTransformation,
     params: optax.Params,
@@ -30,18 +31,26 @@ def explain(
     predict further probes is "unknown". Names of transformations play no part. Gradients are of
     the weights' dtype. What is done to one leaf is compiled once for all leaves that are alike.
 
+    Gradients are tried up to entries of 10^6, weights up to 1,000 times their own size (30 times in
+    float16): a clip, a bound or another decay beyond that does not show.
+
     A clip is "none" only where updates of each entry are seen to depend on its own gradient alone,
     and nowhere to stop following it. So optimizers that divide by norms (LAMB, Muon) are
     "unknown": a clip of what comes out of them would not show.
 
-    The state is a fresh one, that of ``init``, with its step counters set to `step` (whole numbers
-    called ``count``, ``step`` and the like): schedules are at that step, averages are at the start.
-    What begins only later, by what was seen until then, does not show; but clips by the norms of
-    gradients before are looked for after 32 gradients too. A transformation that makes no update at
-    all is "unknown" unless `step` is 0. Where something acts 1,000 steps later that does not at
+    The state is a fresh one, that of ``init``, with its step counters set to `step` (numbers that
+    grow by 1 with each step): schedules are at that step, averages are at the start. Other numbers
+    that change with each step are listed in ``unset`` where `step` is not 0. What begins only
+    later, by what was seen until then, does not show, or is "unknown" where the state has an
+    infinite bound for it; but clips by the norms of gradients before
+    are looked for after 32 gradients too. A leaf is "frozen" where its update is zero by how it is
+    computed. One that gets no update at `step` is looked at at other steps (0, powers of 2, some
+    around `step`) and is "unknown" where there is none either, as for gradients that are
+    accumulated over more than 64 calls. Where something acts 1,000 steps later that does not at
     `step`, as after a warm-up from 0, the notes say so. A decay of weights that are rounded anew,
     as beside penalties, shows where it is above four units of their last place; else it is
-    "unknown", as it is for a decay that makes weights zero.
+    "unknown", as it is for a decay that makes weights zero, one that differs from entry to entry,
+    or one beside an L2 that is below what the rounding of gradients hides.
 
     In the table a leaf "bias +1" stands for itself and one more leaf, next to it, with the same
     findings. A decay that is "not linear" has no one amount: what is shown is the amount for
@@ -85,7 +94,8 @@ def explain(
     decays = Decays(prober)
     found = decays.find()
     find_coupled(decays, found, clips)
-    frozen, idle, acts_at = _later(prober, decays, found, step)
+    frozen, idle, acts_at = _later(prober, decays, step)
+    waits = _waits(prober, decays) if step else frozen
     changed = [
         describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
     ]
@@ -94,10 +104,12 @@ def explain(
         decay, clip = found[i], clips[i]
         if decay.still:
             clip = Clip("none" if frozen[i] else "unknown")
-            if step and not frozen[i]:
+            if not frozen[i] and (step or acts_at[i] is None):
                 decay = Decay()
         elif idle[i] and clip.kind == "none":
             clip = Clip("unknown")
+        elif waits[i]:
+            decay = Decay()
         own = [f"updates are {updates[i]}"] if updates[i] != str(leaf.dtype) else []
         own += [text for text in changed if path and f"/{path} is " in f"/{text}"]
         records.append(
@@ -119,7 +131,7 @@ def explain(
                 dtypes=tuple(own),
             )
         )
-    return Explanation(tuple(records), step, tuple(changed))
+    return Explanation(tuple(records), step, tuple(changed), prober.unset() if step else ())
 
 
 def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -134,32 +146,45 @@ def _dtypes(prober: Prober) -> tuple[dict[str, str], dict[str, str], list[str]]:
 
 
 def _later(
-    prober: Prober, decays: Decays, found: list[Decay], step: int
+    prober: Prober, decays: Decays, step: int
 ) -> tuple[list[bool], list[bool], list[int | None]]:
     """Leaves without an update at any step, at this one only, and steps where more acts."""
     q = decays.weights(q=1.0)
-    runs: Sequences = {"step": [({"r": 1.0}, q)], "decay": [({}, q)]}
-    here = {name: run.updates[0] for name, run in prober.run(runs).items()}
-    frozen = [decay.still for decay in found]
+    kinds: Sequences = {"step": [({"r": 1.0}, q)], "decay": [({}, q)]}
+    here = {name: run.updates[0] for name, run in prober.run(kinds).items()}
+    frozen = [yes and at for yes, at in zip(prober.are_zero(), prober.floating, strict=True)]
     idle = [
-        floats and not any(np.any(here[name][i]) for name in runs)
+        floats and not frozen[i] and not any(np.any(here[name][i]) for name in kinds)
         for i, floats in enumerate(prober.floating)
     ]
-    acts_at: list[int | None] = [None] * len(found)
-    for other in dict.fromkeys([step + 1000, step + 100, step + 1, 10_000, 0]):
-        waits = any(yes and acts_at[i] is None for i, yes in enumerate(idle))
-        if other == step or (other != step + 1000 and not waits):
-            continue
-        prober.set_step(other)
-        there = {name: run.updates[0] for name, run in prober.run(runs).items()}
-        for i, yes in enumerate(frozen):
-            acts = any(np.any(there[n][i]) and not np.any(here[n][i]) for n in runs)
-            if acts and acts_at[i] is None:
-                acts_at[i] = other
-            frozen[i] = yes and not acts
-    prober.set_step(step)
-    idle = [yes and at is not None for yes, at in zip(idle, acts_at, strict=True)]
+    acts_at: list[int | None] = [None] * len(idle)
+    further = [step + 100, step + 1, step - 1, step // 2, step - 100, 0, *(2**i for i in range(21))]
+    further = [at for at in dict.fromkeys(further) if at >= 0 and at != step]
+    for steps in ([step + 1000], further):
+        waits = any(yes and at is None for yes, at in zip(idle, acts_at, strict=True))
+        if steps is further and not waits:
+            break
+        runs = {(name, at): kinds[name] for at in steps for name in kinds}
+        there = prober.run(runs, {run: run[1] for run in runs})
+        for name, at in runs:
+            for i, now in enumerate(there[name, at].updates[0]):
+                if acts_at[i] is None and np.any(now) and not np.any(here[name][i]):
+                    acts_at[i] = at
     return frozen, idle, acts_at
+
+
+def _waits(prober: Prober, decays: Decays) -> list[bool]:
+    """Leaves whose update changes with what is infinite in the state: a bound yet to be found."""
+    runs: Sequences = {"decay": [({}, decays.weights(q=1.0))]}
+    start = prober.start
+    now = prober.run(runs)["decay"].updates[0]
+    prober.start = jax.tree.map(
+        lambda x: jnp.where(jnp.isinf(x), 0, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+        start,
+    )
+    then = prober.run(runs)["decay"].updates[0]
+    prober.start = start
+    return [not np.array_equal(a, b, equal_nan=True) for a, b in zip(now, then, strict=True)]
 
 
 def _lost(dtype: Any, own: np.ndarray, amount: float | None) -> bool | None:

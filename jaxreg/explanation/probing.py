@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg import where
+from jaxreg.explanation.counting import Counters, calls_of_a_step, find_counters
 from jaxreg.explanation.running import Runner
 
 Mix = dict[str, Any]
@@ -23,12 +23,10 @@ Mix = dict[str, Any]
 Step = tuple[Mix, Mix]
 Sequences = Mapping[Any, Sequence[Step]]
 
-COUNTERS = ("count", "step", "steps", "gradient_step", "step_count", "iteration", "iterations")
 MEMORY = 3 * 2**27  # bytes of probes at a time
 COPIES = 8  # trees of the weights' size that one probe of an optimizer takes
 LANES = 16
 SAMPLES = 2**16  # entries that are looked at, of all leaves: 32 to 256 of each
-MICRO_STEPS = 64
 # What tracing says of Python code that needs the numbers themselves, or can't be batched.
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError, NotImplementedError)
 
@@ -67,28 +65,46 @@ class Prober:
         with passed_on("init"):
             self.initial = self.tx.init(jax.tree.map(lambda x: jnp.asarray(x[0]), own))
         self.runners: dict[Any, Callable[..., Any]] = {}
-        self.micro_steps = 1
-        self.set_step(step)
+        self.lanes_at_init = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x), (self.lanes, *jnp.shape(x))), self.initial
+        )
+        grads, weights = (self._tree([mix] * self.lanes) for mix in ({"r": 1.0}, {"q": 1.0}))
+        self.dtypes = jax.tree.map(
+            lambda x: str(x.dtype), self._update(grads, self.lanes_at_init, weights)
+        )
+        again = lambda state: self._update(grads, state, weights)  # noqa: E731
+        self.counters: Counters = find_counters(again, self.lanes_at_init)
+        self.start = self.at_step(step)
+        self.calls = calls_of_a_step(again, self.start) if step else self.counters.calls
 
     def each(self, name: str) -> list[np.ndarray]:
         """A pattern leaf by leaf, as vectors; of other leaves than floating ones it is empty."""
         return np.split(self.patterns[name], self.ends[:-1])
 
-    def set_step(self, step: int) -> None:
-        """Sets the step counters of the state that sequences start from."""
-        lanes = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.asarray(x), (self.lanes, *jnp.shape(x))), self.initial
+    def at_step(self, step: Any) -> Any:
+        """The states that sequences start from, whose counters are at a step, or one a lane."""
+        leaves, treedef = jax.tree.flatten(self.lanes_at_init)
+        steps = jnp.broadcast_to(jnp.asarray(step, jnp.int32), (self.lanes,))
+        return treedef.unflatten(
+            [
+                leaf + steps.astype(leaf.dtype) if i in self.counters.steps else leaf
+                for i, leaf in enumerate(leaves)
+            ]
         )
-        self.start = with_step(lanes, step)
-        self.micro_steps = self._micro_steps(step)
 
-    def run(self, sequences: Sequences) -> dict[Any, Probed]:
-        """The updates of each sequence; all of them have the same number of steps."""
+    def run(
+        self, sequences: Sequences, steps: Mapping[Any, int] | None = None
+    ) -> dict[Any, Probed]:
+        """The updates of each sequence; all of them have the same number of steps.
+
+        They start at the step that was asked for, or each at its own of `steps`.
+        """
         names, out = list(sequences), {}
         for first in range(0, len(names), self.lanes):
             now = names[first : first + self.lanes]
-            padded = [sequences[n] for n in now] + [sequences[now[0]]] * (self.lanes - len(now))
-            weights, updates = self._run(padded)
+            padded = now + now[:1] * (self.lanes - len(now))
+            start = self.at_step([steps[n] for n in padded]) if steps else self.start
+            weights, updates = self._run([sequences[n] for n in padded], start)
             for lane, name in enumerate(now):
                 out[name] = Probed(
                     [[x[lane] for x in step] for step in weights],
@@ -104,23 +120,24 @@ class Prober:
             for x in jax.tree.leaves(self.initial)
         )
 
-    def _run(self, sequences: list[Sequence[Step]]) -> tuple[list[Any], list[Any]]:
-        state = self.start
+    def unset(self) -> tuple[str, ...]:
+        """Paths of numbers of the state that are read, change, and are not set to a step."""
+        (runner, *_) = self.runners.values()
+        others, first = self.counters.others, len(self.shapes)
+        read = [i for i in others if not isinstance(runner, Runner) or first + i in runner.reads]
+        return tuple(others[i] for i in read)
+
+    def _run(self, sequences: list[Sequence[Step]], state: Any) -> tuple[list[Any], list[Any]]:
         seen_weights, seen_updates = [], []
         for steps in zip(*sequences, strict=True):
-            grads, _, weights = self._arguments(steps)
+            grads, weights = (self._tree([step[part] for step in steps]) for part in (0, 1))
             updates = None
-            for _ in range(self.micro_steps):
+            for _ in range(self.calls):
                 updates, state = self._update(grads, state, weights)
             seen_weights.append(self._sampled(weights))
             seen_updates.append(self._sampled(updates))
             del grads, weights, updates  # before the next ones are made
         return seen_weights, seen_updates
-
-    def _arguments(self, steps: Sequence[Step]) -> tuple[Any, Any, Any]:
-        """Gradients, the state at the start and weights, one lane for each step."""
-        grads, weights = (self._tree([step[part] for step in steps]) for part in (0, 1))
-        return grads, self.start, weights
 
     def _update(self, *args: Any) -> tuple[Any, Any]:
         """Updates and states, of gradients, states and weights with one lane for each probe."""
@@ -137,29 +154,18 @@ class Prober:
         with passed_on("update"):
             if key not in self.runners:
                 try:
-                    self.runners[key] = Runner(jax.vmap(update), *args)
+                    self.runners[key] = Runner(update, self.lanes, *args)
+                    return self.runners[key](*args)
                 except UNTRACEABLE:
                     self.runners[key] = looped
             return self.runners[key](*args)
 
-    def _micro_steps(self, step: int) -> int:
-        """The number of calls until there is an update: of gradients that are accumulated.
-
-        What accumulates counts: where no whole number but the step changes, nothing will come.
-        """
-        grads, state, weights = self._arguments([({"r": 1.0}, {"q": 1.0})] * self.lanes)
-        for number in range(1, MICRO_STEPS + 1):
-            out = self._update(grads, state, weights)
-            if number == 1:
-                self.dtypes = jax.tree.map(lambda x: str(x.dtype), out)
-            updates, after = out
-            if any(np.any(np.asarray(u) != 0) for u in jax.tree.leaves(updates)):
-                return number
-            after = with_step(after, step)
-            if _whole_numbers(after) == _whole_numbers(state):
-                return 1
-            state = after
-        return 1
+    def are_zero(self) -> list[bool]:
+        """Leaves whose update is zero by how it is computed, whatever comes in."""
+        (runner, *_) = self.runners.values()
+        if not isinstance(runner, Runner):
+            return [False] * len(self.shapes)
+        return self.treedef.flatten_up_to(runner.are_zero[0])
 
     def _tree(self, mixes: Sequence[Mix]) -> Any:
         """Sums of patterns as a tree, a lane for each; whole numbers and keys keep their value."""
@@ -240,18 +246,6 @@ class Prober:
         return out
 
 
-def with_step(state: Any, step: int) -> Any:
-    """A state whose step counters, by their names, are at `step`; of micro-steps they stay."""
-    leaves, treedef = jax.tree.flatten(state)
-    names = where.paths(state)
-
-    def at(name: str, leaf: Any) -> Any:
-        counts = name.rpartition("/")[2].lower() in COUNTERS and _is_whole_number(leaf)
-        return jnp.full_like(leaf, step) if counts else leaf
-
-    return treedef.unflatten([at(*pair) for pair in zip(names, leaves, strict=True)])
-
-
 @contextmanager
 def passed_on(function: str) -> Iterator[None]:
     """Says of an error in the transformation where it came from."""
@@ -263,15 +257,6 @@ def passed_on(function: str) -> Iterator[None]:
             "value=..., are given to explain by name."
         )
         raise
-
-
-def _is_whole_number(leaf: Any) -> bool:
-    """Whether each lane has one whole number."""
-    return leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
-
-
-def _whole_numbers(state: Any) -> list[int]:
-    return [int(leaf[0]) for leaf in jax.tree.leaves(state) if _is_whole_number(leaf)]
 
 
 def _is_complex(dtype: Any) -> bool:

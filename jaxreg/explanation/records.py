@@ -20,15 +20,17 @@ class LeafExplanation:
             anchor"; "gated" (only where the update makes the weight smaller); "not linear" (then
             `decay` is the amount at these weights' scale); or "unknown". Coupled and decoupled
             are the same thing where the direction has no memory, and are "decoupled" then.
-        l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found.
+        l2: the strength of a coupled L2, as in gradient + l2 * p; None where none was found. Beside
+            it a small decay may be "unknown".
         clip: "none"; "by value"; "by leaf norm"; "by global norm", of all leaves (in a tree of
             one leaf it is the leaf's); or "unknown", as clips by units and by running norms.
-        clip_threshold: the norm, or size of an entry, above which the gradient is clipped.
+        clip_threshold: the norm, or size of an entry, above which the gradient is clipped; None
+            where it could not be told to two digits, as in bfloat16.
         penalized: whether small weights become exactly zero.
         penalty_threshold: the weights up to which they do, where it is a soft threshold that does
             not depend on the gradient.
-        frozen: whether there is no update for any gradient, weights and step that were tried.
-        still: whether there is no update at this step, but at another one.
+        frozen: whether the update is zero by how it is computed.
+        still: whether there is no update at this step, though the leaf is not frozen.
         acts_at: a step at which there is an update, or one of weights alone, that is not there
             at this step; None where none was found.
         lost: whether the decay of most of the weights is below half a unit in their last place.
@@ -55,17 +57,18 @@ class LeafExplanation:
         """Its row of the table without path and shape."""
         if self.frozen:
             return "-", "-", "-", "frozen"
-        amount = "" if self.decay is None else f"{self.decay:.3g} "
-        decay = "unknown" if self.decay is None else amount + self.decay_kind
+        decay = "unknown" if self.decay is None else f"{self.decay:.3g} {self.decay_kind}"
         decay = {"none": "none", "coupled": f"l2 {self.l2 or 0:.3g}"}.get(self.decay_kind, decay)
-        if self.decay_kind == "decoupled" and self.l2:
-            decay = f"{amount}and l2 {self.l2:.3g}"
+        if self.l2 and self.decay_kind != "coupled":
+            decay = f"{decay.removesuffix(' decoupled')} and l2 {self.l2:.3g}"
         at = "" if self.clip_threshold is None else f" {self.clip_threshold:.3g}"
         penalty = {None: "unknown", False: "none", True: "exact zeros"}[self.penalized]
         if self.penalty_threshold is not None:
             penalty = f"zero up to {self.penalty_threshold:.3g}"
         notes = ["decay is lost"] if self.lost else []
-        if self.acts_at is not None:
+        if self.still and self.acts_at is None:
+            notes.append("no update at the steps tried")
+        elif self.acts_at is not None:
             no = "no step is taken at this step: try step=" if self.still else "more acts at step "
             notes.append(f"{no}{self.acts_at}")
         notes += [f"{len(self.dtypes)} dtypes change"] if self.dtypes else []
@@ -81,6 +84,8 @@ class Explanation:
         step: the step that was asked for.
         state_dtypes: the leaves of the state whose dtype is another one after an update, which
             ``jax.lax.scan`` refuses.
+        unset: the numbers of the state that change with each step and are as at the start, where
+            `step` is not 0: what depends on them, such as a running norm, is not that of `step`.
 
     >>> import jax.numpy as jnp, jaxreg, optax
     >>> isinstance(jaxreg.explain(optax.sgd(0.1), jnp.ones(3)), jaxreg.Explanation)
@@ -90,6 +95,7 @@ class Explanation:
     leaves: tuple[LeafExplanation, ...]
     step: int
     state_dtypes: tuple[str, ...]
+    unset: tuple[str, ...]
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "decay", "clip", "exact zeros", "notes")]
@@ -107,7 +113,8 @@ class Explanation:
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append(_short("  ".join(cells).rstrip(), 100))
-        lines += [_short(f"state: {text}", 100) for text in self.state_dtypes]
+        unset = [f"{name} is as at the start, not as at step {self.step}" for name in self.unset]
+        lines += [_short(f"state: {text}", 100) for text in [*self.state_dtypes, *unset]]
         return "\n".join(lines)
 
 
