@@ -684,3 +684,8 @@ def test_thresholds_are_rounded_to_numbers_that_they_agree_with():
         (leaf,) = found(tx, SMALL["kernel"]).values()
         assert (leaf.clip_threshold == given) == (given == 0.02)
         assert leaf.clip_threshold == near(given)
+
+
+def test_traced_parameters_are_refused():
+    with pytest.raises(jaxreg.ArgumentError, match="params: got traced arrays; .*outside of jit"):
+        jax.jit(lambda p: jaxreg.explain(optax.sgd(0.1), p).step)(jnp.ones(3))

@@ -84,6 +84,9 @@ def explain(
     step = _check.whole_number("step", step, at_least=0)
     seed = _check.whole_number("seed", seed, at_least=0)
     leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        accepted = "arrays, or their shapes: call explain outside of jit"
+        raise _check.ArgumentError("params", "traced arrays", accepted)
     floating = [jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact) for x in leaves]
     if not any(floating):
         given = f"{len(leaves)} leaves, none of them floating" if leaves else "no leaves"
