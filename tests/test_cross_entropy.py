@@ -169,7 +169,7 @@ def test_options_agree_with_the_formula(seed, smoothing, soft):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["integers", "probabilities"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_derivatives_of_all_orders_agree_with_those_of_the_formula(seed, soft, x64):
     """In every argument that is a number: gradients, and a Hessian by reverse over reverse."""
     rng = np.random.default_rng(seed)
@@ -206,13 +206,17 @@ def test_derivatives_of_all_orders_agree_with_those_of_the_formula(seed, soft, x
 
     at = (x, q, 0.2, 0.05, 5.0, jnp.asarray(rng.uniform(0.5, 2, 4)))
     numbers = (0, *([1] if soft else []), 2, 3, 4, 5)
-    first = functools.partial(jax.value_and_grad, argnums=numbers)
+
+    def first(function):
+        return jax.jit(jax.value_and_grad(function, numbers))
+
+    def second(function):
+        return jax.jit(jax.jacrev(jax.grad(function, (0, 2, 5)), numbers))
+
     chex.assert_trees_all_close(first(ours)(*at), first(plain)(*at), rtol=1e-9, atol=1e-12)
-    second = functools.partial(jax.jacrev, argnums=numbers)
-    found, expected = (second(jax.grad(f, (0, 2, 5)))(*at) for f in (ours, plain))
-    chex.assert_trees_all_close(found, expected, rtol=1e-8, atol=1e-10)
-    forward = jax.jacfwd(jax.jacfwd(ours))(*at)
-    chex.assert_trees_all_close(forward, jax.hessian(plain)(*at), rtol=1e-8, atol=1e-10)
+    chex.assert_trees_all_close(second(ours)(*at), second(plain)(*at), rtol=1e-8, atol=1e-10)
+    forward, expected = jax.jit(jax.jacfwd(jax.jacfwd(ours))), jax.jit(jax.hessian(plain))
+    chex.assert_trees_all_close(forward(*at), expected(*at), rtol=1e-8, atol=1e-10)
 
 
 def exact_gradient(x, labels, smoothing, z_loss=0.0):

@@ -282,8 +282,11 @@ def _soft_gradient(layout: Layout, x: jax.Array, v: jax.Array, z: Any, known: An
     rest = 1 / (1 + less)
     is_largest = x == largest
     p = jnp.where(is_largest, 1, others) * rest
-    falls = jnp.where(is_largest, less * rest, 1 - p)  # 1 - p, of which no digit is lost
-    gradient = (layout.sum(v) - v) * p - v * falls
+    falls = less * rest  # 1 - p of the largest, of which no digit is lost
+    # Of the largest all other classes' weights: their own sum loses no digit to a weight near 1.
+    rest_of, largest_of = (layout.sum(jnp.where(mask, v, 0)) for mask in (~is_largest, is_largest))
+    total = rest_of + jnp.where(is_largest, largest_of - v, largest_of)
+    gradient = total * p - v * jnp.where(is_largest, falls, 1)
     return gradient if z is None else gradient + 2 * z * (largest + log_sum) * p
 
 
