@@ -88,7 +88,7 @@ class Clips:
             brackets = np.where([f.kind.startswith("by") for f in found], brackets, common)
             scales = self._threshold(brackets, clipped)
             found = self._verified(found, scales, clipped)
-        return self._without(self._relative(found))
+        return self._relative(self._without(found))
 
     def _without(self, found: list[Clip]) -> list[Clip]:
         """No clip only where nothing acts like one: each entry is by itself and never stops."""

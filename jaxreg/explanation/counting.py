@@ -26,7 +26,7 @@ class Counters(NamedTuple):
     Attributes:
         calls: of ``tx.update``, that make a step.
         steps: the leaves of the state that grow by 1 with each step.
-        others: paths of numbers that change in another way, and were not back in time.
+        others: paths, by leaf, of numbers that change from step to step in another way.
     """
 
     calls: int

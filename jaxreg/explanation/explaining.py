@@ -31,8 +31,8 @@ def explain(
     predict further probes is "unknown". Names of transformations play no part. Gradients are of
     the weights' dtype. What is done to one leaf is compiled once for all leaves that are alike.
 
-    Gradients are tried up to entries of 10^6, weights up to 1,000 times their own size (30 times in
-    float16): a clip, a bound or another decay beyond that does not show.
+    Gradients are tried up to entries of 10^6, weights up to 1,000 times their own size (where there
+    is float16 up to 1 and 30 times): a clip, a bound or another decay beyond does not show.
 
     A clip is "none" only where updates of each entry are seen to depend on its own gradient alone,
     and nowhere to stop following it. So optimizers that divide by norms (LAMB, Muon) are
