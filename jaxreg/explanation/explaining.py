@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxreg import _check, where
 from jaxreg.explanation.clips import Clip, Clips
@@ -84,7 +85,7 @@ def explain(
     step = _check.whole_number("step", step, at_least=0)
     seed = _check.whole_number("seed", seed, at_least=0)
     leaves = jax.tree.leaves(params)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         accepted = "arrays, or their shapes: call explain outside of jit"
         raise _check.ArgumentError("params", "traced arrays", accepted)
     floating = [jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact) for x in leaves]
