@@ -266,8 +266,8 @@ def dense_table(sizes: Sizes, dtype: Any, *, backward: bool) -> timing.Table:
         f"Limit: the time of {EXPONENTIALS}, m being the rows' largest logits that it is given, in "
         "percent of the loss's own. It reads the logits, takes one exponential of each in float32 "
         f"and writes an array {write}. Temp: what XLA allocates besides arguments and results. "
-        "Logits of 16 bits are cast to float32 for optax and plain JAX, which is faster for them "
-        "than not to; jaxreg and torch get them as they are. glibc keeps freed memory, for all: "
+        "Logits of 16 bits are cast to float32 for optax and plain JAX, as is usual; jaxreg and "
+        "torch get them as they are. glibc keeps freed memory, for all: "
         f"no one pays for fresh pages.{step.torch_note()}",
         ("loss", "ms", "IQR ms", "to optax", "to torch", "limit %", "temp bytes a logit"),
         found,
