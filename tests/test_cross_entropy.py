@@ -262,18 +262,19 @@ def test_gradients_are_right_to_rounding(dtype, bound, confident, smoothing):
 
 
 @pytest.mark.skipif(JAX < (0, 10), reason="XLA before jax 0.10 fuses less on a CPU")
-@pytest.mark.parametrize(
-    "chosen",
-    [{}, {"smoothing": 0.0}, {"z_loss": 1e-4, "ignore_index": 0}, {"class_weights": np.ones(8000)}],
-    ids=str,
-)
-def test_a_gradient_takes_no_memory_beside_itself(chosen):
-    x, labels = jax.ShapeDtypeStruct((512, 8000), jnp.float32), jnp.arange(512)
+@pytest.mark.parametrize("name", ["plain", "exact", "z_loss, ignored", "weights"])
+def test_a_gradient_takes_no_memory_beside_itself(name):
+    labels = jnp.arange(512)
+    chosen = {"exact": {"smoothing": 0.0}, "z_loss, ignored": {"z_loss": 1e-4, "ignore_index": 0}}
 
-    def loss(x):
-        return jaxreg.smoothed_cross_entropy(x, labels, **chosen, reduction="mean")
+    def loss(x, weights):
+        weights = weights if name == "weights" else None
+        return jaxreg.smoothed_cross_entropy(
+            x, labels, **chosen.get(name, {}), class_weights=weights, reduction="mean"
+        )
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(x).compile()
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 8000), (8000,)))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arrays).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 4 * 512 * 8000
 
 
@@ -380,6 +381,14 @@ def test_sharded_logits_are_never_gathered(kind, spec, count, reduction):
     chex.assert_trees_all_close(found, jax.value_and_grad(loss)(logits), rtol=1e-5, atol=1e-6)
     assert collectives(compiled) == {"all-reduce": count}
     assert found[1].sharding.is_equivalent_to(sharded.sharding, 2)
+
+
+def test_an_impossible_class_with_a_share_costs_infinity_and_without_nothing():
+    logits, weights = jnp.array([[1.0, 0.0, -jnp.inf]]), jnp.array([1.0, 1.0, 0.0])
+    loss = functools.partial(jaxreg.smoothed_cross_entropy, logits, jnp.array([0]), 0.3)
+    assert loss()[0] == loss(class_weights=jnp.array([1.0, 1.0, 1e-6]))[0] == jnp.inf
+    log_p = np.log(np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum())
+    assert float(loss(class_weights=weights)[0]) == pytest.approx(-0.8 * log_p[0] - 0.1 * log_p[1])
 
 
 def test_any_leading_shape():

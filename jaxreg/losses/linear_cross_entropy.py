@@ -299,7 +299,7 @@ def _swept(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[jax.Array, _Deri
         kernel_sum, bias_sum = sums
         bias_sum = None if bias_sum is None else bias_sum + jnp.sum(gradient, 0)
         gradient = gradient.astype(narrow)
-        kernel_sum += _product(hidden, gradient, (0, 0), dtype)
+        kernel_sum = _with_product(kernel_sum, hidden, gradient)
         found = _product(gradient, inputs.kernel, (1, 1), dtype)
         return (kernel_sum, bias_sum), (index_loss_of(row, targets), found, row.parts(targets))
 
@@ -353,6 +353,22 @@ def _capped(plan: _Plan, inputs: _Inputs, hidden: jax.Array) -> jax.Array:
 
 def _existing(inputs: _Inputs, x: jax.Array) -> jax.Array:
     return x if inputs.exist is None else jnp.where(inputs.exist, x, -jnp.inf)
+
+
+def _with_product(total: jax.Array, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Total + hidden^T gradient."""
+    # XLA on a CPU writes a product down before it adds it, an array as large as the kernel: there
+    # it is made in parts, that stay in the cache. Elsewhere products are added in their place.
+    parts = math.gcd(8, total.shape[0]) if jax.default_backend() == "cpu" else 1
+    width = total.shape[0] // parts
+
+    def add(part: jax.Array, total: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(hidden, part * width, width, axis=1)
+        own = jax.lax.dynamic_slice_in_dim(total, part * width, width)
+        added = own + _product(rows, gradient, (0, 0), total.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(total, added, part * width, axis=0)
+
+    return jax.lax.fori_loop(0, parts, add, total)
 
 
 def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:

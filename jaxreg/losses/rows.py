@@ -146,10 +146,17 @@ def _sums(
         # The maximum is taken off here too: a sum of large logits would lose their differences.
         # Behind a barrier: else XLA keeps x - m, an array of the logits' size, to use it twice.
         below = x - jax.lax.optimization_barrier(largest)
-        weights = targets.weights
-        figures.append(-layout.sum(below if weights is None else times(weights, below)))
+        if targets.weights is not None:
+            # 0 * -inf is 0: not by a selection, in front of which XLA would keep an array, too.
+            below = targets.weights * jnp.maximum(below, jnp.finfo(x.dtype).min)
+        figures.append(-layout.sum(below))
     total, at_label, *away = layout.added(*figures)
-    return Sums(largest, at_label, total, away[0] if away else None)
+    return Sums(largest, at_label, total, _beyond(away[0]) if away else None)
+
+
+def _beyond(away: jax.Array) -> jax.Array:
+    """Infinity for the distance of a class that is impossible, and has a weight above 1e-8."""
+    return jnp.where(away > 1e-8 * jnp.finfo(away.dtype).max, jnp.inf, away)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
