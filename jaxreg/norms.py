@@ -293,10 +293,10 @@ def replicas(x: jax.Array, names: Sequence[str]) -> int:
 
 
 def _is_replicated(x: jax.Array, name: str) -> bool:
-    return _is_known(name) and name not in varying_axes(x)
+    return is_known(name) and name not in varying_axes(x)
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
     """Whether ``shard_map`` knows which arrays differ along an axis; not with check_vma=False."""
     return name in varying_axes(jax.lax.axis_index(name))
 
@@ -312,7 +312,7 @@ def varying_axes(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
 
 def varying(x: jax.Array, names: Collection[str]) -> jax.Array:
     """The same numbers, as if devices along these mesh axes might hold different ones."""
-    missing = tuple(n for n in names if n not in varying_axes(x) and _is_known(n))
+    missing = tuple(n for n in names if n not in varying_axes(x) and is_known(n))
     if not missing:
         return x
     if hasattr(jax.lax, "pcast"):

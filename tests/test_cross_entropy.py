@@ -428,6 +428,7 @@ def test_labels_may_be_constants_of_a_jitted_function(array):
         ((jnp.zeros((2, 3)), jnp.zeros(3, int)), r"labels: .*shape \(3,\).*shape \(2,\)"),
         ((jnp.zeros((2, 3)), jnp.zeros((2, 4))), r"labels: .*shape \(2, 4\)"),
         ((jnp.zeros((2, 3)), jnp.zeros(2, bool)), "labels: .*bool"),
+        ((jnp.zeros((2, 3)), -jnp.ones((2, 3))), "labels: .*-1.0; accepted: finite numbers >= 0"),
         ((jnp.zeros((2, 3), int), jnp.zeros(2, int)), "logits: .*int32.*real floating"),
         ((jnp.zeros(()), jnp.zeros((), int)), "logits: got"),
     ],

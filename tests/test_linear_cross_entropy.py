@@ -289,3 +289,35 @@ def test_a_traced_cap_is_refused_and_a_traced_label_out_of_range_is_nan():
         jax.jit(lambda c: linear(HIDDEN, KERNEL, LABELS, soft_cap=c))(2.0)
     found = jax.jit(lambda y: linear(HIDDEN, KERNEL, y))(jnp.array([0, -1, 5, 4]))
     assert np.isnan(found).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_what_ignored_tokens_hold_reaches_no_gradient(reduction):
+    hidden, kernel, _, labels = problem(4, 3, 5, dtype=jnp.float32)
+    labels = labels.at[1].set(-100)
+
+    def gradients(hidden):
+        def loss(hidden, kernel):
+            found = linear(hidden, kernel, labels, ignore_index=-100, reduction=reduction)
+            return found.sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel)
+
+    chex.assert_trees_all_close(gradients(hidden.at[1].set(jnp.nan)), gradients(hidden))
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ((None, None), "kernel: got an array that is the same along 'x'"),
+        (("x", "x"), "axis_name: got 'x', along which the tokens are sharded"),
+    ],
+)
+def test_arrays_that_are_not_cut_along_the_vocabulary_are_refused(specs, message):
+    of_tokens, of_classes = specs
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    specs = (PartitionSpec(of_tokens), PartitionSpec(None, of_classes), PartitionSpec(of_tokens))
+    local = functools.partial(linear, reduction="sum", axis_name="x")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    with pytest.raises(jaxreg.ArgumentError, match=message):
+        mapped(jnp.zeros((8, 3)), jnp.zeros((3, 16)), jnp.zeros(8, int))

@@ -536,3 +536,8 @@ def test_bad_arguments_are_named(call, name):
     with pytest.raises(jaxreg.ArgumentError) as error:
         call()
     assert message(error).startswith(f"{name}: got ")
+
+
+def test_a_traced_binary_label_out_of_range_is_nan():
+    found = jax.jit(jaxreg.sigmoid_smoothed_cross_entropy)(jnp.zeros(3), jnp.array([0, 1, -1]))
+    assert np.isnan(found).tolist() == [False, False, True]

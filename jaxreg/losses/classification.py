@@ -39,7 +39,8 @@ def sigmoid_smoothed_cross_entropy(
             where none does).
 
     Returns:
-        An array of the logits' shape, or a scalar; float32 (float64 for 64-bit logits).
+        An array of the logits' shape, or a scalar; float32 (float64 for 64-bit logits). A traced
+        label outside [0, 1] gives NaN.
 
     Raises:
         ValueError: where an argument is out of its range or shapes do not fit.
@@ -56,6 +57,7 @@ def sigmoid_smoothed_cross_entropy(
     if counts is not None:
         # Twice: an entry that does not count may be NaN, whose derivative would be, too.
         x, y = jnp.where(counts, x, 0), jnp.where(counts, y, 0)
+    y = jnp.where((y >= 0) & (y <= 1), y, jnp.nan)
     e = jnp.asarray(e).astype(x.dtype)
     q = (1 - e) * y + e / 2
     positive = q

@@ -63,13 +63,14 @@ def smoothed_cross_entropy(
         class_weights: w, K numbers >= 0.
         where: bools that broadcast with the logits: the classes that exist. The others have
             probability 0 and no share of the smoothing (which is e over the number of those that
-            exist), whatever their logits are; a label among them costs infinity.
+            exist), whatever their logits are; a label among them costs infinity. A row without a
+            class has the loss NaN.
         axis: of the classes.
         spread: "uniform" gives every class e / K; "others" gives the label 1 - e, and the other
             classes e / (K - 1) (fairseq, and I. Goodfellow et al.).
         reduction: "none" for the loss of each example; "sum"; or "mean", over the examples that
-            count, each as often as its label's weight, $\sum_k w_k q_k$, says. It is 0 where none
-            counts.
+            count: with class weights each as often as its label's weight, $\sum_k w_k q_k$, says.
+            It is 0 where none counts.
 
     Returns:
         The loss of each example, of the logits' shape without `axis`, or a scalar; float32 (float64

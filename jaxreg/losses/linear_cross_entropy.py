@@ -73,12 +73,13 @@ def linear_cross_entropy(
         axis_name: inside ``shard_map``, the mesh axis along which the vocabulary is sharded:
             kernel, bias, class weights and mask are a device's own part of it, while labels count
             all classes. Four numbers a token are reduced. Tokens may be sharded along other axes;
-            "mean" is then over a device's own, and "sum" too.
+            "mean" is then over a device's own, and "sum" too. With ``check_vma=False`` the
+            gradient is to be taken outside of ``shard_map``, as of any sum over devices.
 
     Returns:
         The loss of each token, shape (...), or a scalar; float32 (float64 for 64-bit arrays).
-        Differentiable in hidden, kernel, bias, smoothing and z_loss: by reverse mode, and forward
-        mode over it.
+        Differentiable in hidden, kernel, bias, smoothing and z_loss: by reverse mode, and by
+        forward mode over it; for forward mode alone there is `smoothed_cross_entropy`.
 
     Raises:
         ValueError: where an argument is out of its range, shapes do not fit, or a concrete label
@@ -104,6 +105,7 @@ def linear_cross_entropy(
     if len(names) > 1:
         raise _check.ArgumentError("axis_name", repr(axis_name), "one mesh axis, or None")
     layout = Layout(1, *names)
+    _check_pieces(layout, hidden, kernel)
     tokens, own_classes = hidden.shape[:-1], kernel.shape[1]
     shape = (*tokens, own_classes * layout.devices())
     labels = class_labels(labels, shape, len(tokens), options, soft=False)
@@ -133,6 +135,9 @@ def _loss(
     classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, *constants)
     targets, own = index_targets(labels.reshape(-1, 1), classes, chosen)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if chosen.ignore_index is not None:
+        # What an ignored token holds may be NaN, which times 0 is NaN in the kernel's gradient.
+        flat = jnp.where(labels.reshape(-1, 1) == chosen.ignore_index, 0, flat)
     plan = _Plan(layout, chosen.soft_cap, blocks)
     inputs = _varying(layout, _Inputs(flat, kernel, bias, targets, classes.exist))
     if chosen.reduction == "none":
@@ -158,6 +163,19 @@ def _arrays(hidden: Any, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array, 
         accepted = f"as many rows as hidden has features, {hidden.shape[-1]}"
         raise _check.ArgumentError("kernel", _check.describe(kernel), accepted)
     return hidden, kernel, bias
+
+
+def _check_pieces(layout: Layout, hidden: jax.Array, kernel: jax.Array) -> None:
+    """Raises where ``shard_map`` knows that arrays are not cut along the vocabulary's axis."""
+    name = layout.axis_name
+    if name is None or not norms.is_known(name):
+        return
+    accepted = f"the part of the vocabulary that a device along {name!r} has"
+    if name not in norms.varying_axes(kernel):
+        raise _check.ArgumentError("kernel", f"an array that is the same along {name!r}", accepted)
+    if name in norms.varying_axes(hidden):
+        given = f"{name!r}, along which the tokens are sharded"
+        raise _check.ArgumentError("axis_name", given, "the mesh axis of the vocabulary alone")
 
 
 def _blocks(tokens: int, block_size: int | None) -> int:

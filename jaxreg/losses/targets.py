@@ -125,6 +125,8 @@ def class_labels(
     floating = soft and jnp.issubdtype(labels.dtype, jnp.floating)
     if not ((integer and labels.shape == rows) or (floating and labels.shape == shape)):
         raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+    if floating and concrete is not None:
+        _check.array("labels", concrete, "finite numbers >= 0", lambda q: np.isfinite(q) & (q >= 0))
     if floating and options.ignore_index is not None:
         given = f"{options.ignore_index} with labels that are probabilities"
         raise _check.ArgumentError("ignore_index", given, "None, or integer labels")
