@@ -464,3 +464,30 @@ def test_ignore_index_is_for_integer_labels():
     message = r"labels: got the value 3; accepted: integers of shape \(2,\) in \[0, 3\) or -1"
     with pytest.raises(jaxreg.ArgumentError, match=message):
         jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.array([3, -1]), ignore_index=-1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32])
+def test_labels_of_few_bits_count_many_classes(dtype):
+    logits, _ = problem(0, rows=3, classes=70_000 if dtype == np.uint16 else 300)
+    labels, wide = np.array([5, 43, 100], dtype), jnp.array([5, 43, 100])
+    both = jax.jit(jax.value_and_grad(lambda x, y: jaxreg.smoothed_cross_entropy(x, y).sum()))
+    chex.assert_trees_all_close(both(logits, labels), both(logits, wide))
+    fused = jax.jit(lambda y: jaxreg.linear_cross_entropy(jnp.eye(3), logits, y))
+    chex.assert_trees_all_close(fused(labels), fused(wide))
+
+
+def test_second_derivatives_by_reverse_over_reverse_pass_over_ignored_rows():
+    logits, labels = problem(0)
+    ignored = labels.at[1].set(-1)
+
+    def size(x):
+        loss = lambda x: jaxreg.smoothed_cross_entropy(x, ignored, ignore_index=-1).sum()  # noqa: E731
+        return jnp.sum(jax.grad(loss)(x) ** 2)
+
+    found = jax.grad(size)(logits.at[1].set(jnp.nan))
+    chex.assert_trees_all_close(found, jax.grad(size)(logits).at[1].set(0))
+
+
+def test_labels_may_be_a_list():
+    with pytest.raises(jaxreg.ArgumentError, match="labels: got the value 7"):
+        jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), [0, 7])

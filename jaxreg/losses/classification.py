@@ -110,7 +110,7 @@ def focal_loss(
     weighted = nll
     if class_weights is not None:
         weighted = _nll(labels, logits, class_weights=class_weights, **options)
-    falls = -jnp.expm1(-nll)  # 1 - p, of which no digit is lost
+    falls = -jnp.expm1(-nll)  # 1 - p, of which a derivative loses no digit
     # A power has no derivative at 0, and its second one may overflow near it: below 1e-19 (in
     # float32) the loss is as good as 0.
     seen = falls > jnp.finfo(nll.dtype).tiny ** 0.5

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import _check, _tree, norms
+from jaxreg.losses.products import product, with_product
 from jaxreg.losses.rows import (
     IndexTargets,
     Layout,
@@ -27,6 +28,7 @@ from jaxreg.losses.targets import (
     classes_of,
     index_targets,
     inverse,
+    soft_capped,
 )
 
 
@@ -47,13 +49,13 @@ def linear_cross_entropy(
     block_size: int | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    r"""`jaxreg.smoothed_cross_entropy` of hidden @ kernel + bias, whose logits are never whole.
+    r"""`jaxreg.smoothed_cross_entropy` of hidden @ kernel + bias, a block of tokens at a time.
 
-    Tokens are taken a block at a time, so that only a block's logits are in memory. For the
-    reductions "mean" and "sum" the gradient is made in the forward pass, with three matrix products
-    as without blocks; for "none" the backward pass makes the logits again, a fourth. Products of
-    16-bit arrays are accumulated in float32, and the gradient of the logits is rounded to the
-    arrays' dtype before its products.
+    So only a block's logits are in memory, which are few of all where there are many tokens. For
+    the reductions "mean" and "sum" the gradient is made in the forward pass, with three matrix
+    products as without blocks; for "none" the backward pass makes the logits again, a fourth.
+    Products of 16-bit arrays are accumulated in float32, and the gradient of the logits is rounded
+    to the arrays' dtype before its products.
 
     Args:
         hidden: shape (..., D), real floating.
@@ -68,8 +70,8 @@ def linear_cross_entropy(
         where: V bools.
         spread: as in `smoothed_cross_entropy`.
         reduction: likewise.
-        block_size: how many tokens a block has; None for 256 on a CPU and 2048 elsewhere, or fewer
-            where there are fewer. Tokens are filled up to whole blocks of about equal sizes.
+        block_size: how many tokens a block has; None for a 16th of them, but from 128 to 256 on a
+            CPU and to 2048 elsewhere. Tokens are filled up to blocks of equal sizes.
         axis_name: inside ``shard_map``, the mesh axis along which the vocabulary is sharded:
             kernel, bias, class weights and mask are a device's own part of it, while labels count
             all classes. Four numbers a token are reduced. Tokens may be sharded along other axes;
@@ -138,6 +140,10 @@ def _loss(
     if chosen.ignore_index is not None:
         # What an ignored token holds may be NaN, which times 0 is NaN in the kernel's gradient.
         flat = jnp.where(labels.reshape(-1, 1) == chosen.ignore_index, 0, flat)
+    if classes.exist is not None:
+        # Likewise what a kernel has for classes that do not exist.
+        kernel = jnp.where(classes.exist, kernel, 0)
+        bias = None if bias is None else jnp.where(classes.exist[0], bias, 0)
     plan = _Plan(layout, chosen.soft_cap, blocks)
     inputs = _varying(layout, _Inputs(flat, kernel, bias, targets, classes.exist))
     if chosen.reduction == "none":
@@ -183,7 +189,8 @@ def _blocks(tokens: int, block_size: int | None) -> int:
     if block_size is None:
         # Each block adds to the kernel's gradient, whose traffic long blocks hide; how long, is
         # said by how much faster a device computes than it reads.
-        block_size = 256 if jax.default_backend() == "cpu" else 2048
+        longest = 256 if jax.default_backend() == "cpu" else 2048
+        block_size = min(longest, max(128, math.ceil(tokens / 16)))
     block_size = _check.whole_number("block_size", block_size, at_least=1)
     return max(1, math.ceil(tokens / block_size))
 
@@ -313,12 +320,13 @@ def _swept(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[jax.Array, _Deri
         if inputs.exist is not None:
             gradient = jnp.where(inputs.exist, gradient, 0)
         if plan.soft_cap is not None:
-            gradient *= 1 - jnp.square(capped / plan.soft_cap)
+            steep = 1 - jnp.square(capped / plan.soft_cap)
+            gradient *= jnp.where(capped == -jnp.inf, 1, steep)
         kernel_sum, bias_sum = sums
         bias_sum = None if bias_sum is None else bias_sum + jnp.sum(gradient, 0)
         gradient = gradient.astype(narrow)
-        kernel_sum = _with_product(kernel_sum, hidden, gradient)
-        found = _product(gradient, inputs.kernel, (1, 1), dtype)
+        kernel_sum = with_product(kernel_sum, hidden, gradient)
+        found = product(gradient, inputs.kernel, (1, 1), dtype)
         return (kernel_sum, bias_sum), (index_loss_of(row, targets), found, row.parts(targets))
 
     sums = (jnp.zeros(inputs.kernel.shape, dtype), None)
@@ -363,36 +371,11 @@ def _scanned(
 def _capped(plan: _Plan, inputs: _Inputs, hidden: jax.Array) -> jax.Array:
     """The logits of a block of tokens, in float32 at least."""
     dtype = inputs.targets.on.dtype
-    x = _product(hidden, inputs.kernel, (1, 0), dtype)
+    x = product(hidden, inputs.kernel, (1, 0), dtype)
     if inputs.bias is not None:
         x += inputs.bias.astype(dtype)[None]
-    return x if plan.soft_cap is None else plan.soft_cap * jnp.tanh(x / plan.soft_cap)
+    return x if plan.soft_cap is None else soft_capped(x, plan.soft_cap)
 
 
 def _existing(inputs: _Inputs, x: jax.Array) -> jax.Array:
     return x if inputs.exist is None else jnp.where(inputs.exist, x, -jnp.inf)
-
-
-def _with_product(total: jax.Array, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Total + hidden^T gradient."""
-    # XLA on a CPU writes a product down before it adds it, an array as large as the kernel: there
-    # it is made in parts, that stay in the cache. Elsewhere products are added in their place.
-    parts = math.gcd(8, total.shape[0]) if jax.default_backend() == "cpu" else 1
-    width = total.shape[0] // parts
-
-    def add(part: jax.Array, total: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(hidden, part * width, width, axis=1)
-        own = jax.lax.dynamic_slice_in_dim(total, part * width, width)
-        added = own + _product(rows, gradient, (0, 0), total.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(total, added, part * width, axis=0)
-
-    return jax.lax.fori_loop(0, parts, add, total)
-
-
-def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
-    """A product of matrices along these axes, accumulated and given in a dtype."""
-    narrow = jnp.promote_types(a.dtype, b.dtype)
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a.astype(narrow), b.astype(narrow), dimensions, preferred_element_type=dtype
-    )

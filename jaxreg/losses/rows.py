@@ -151,12 +151,11 @@ def _sums(
             below = targets.weights * jnp.maximum(below, jnp.finfo(x.dtype).min)
         figures.append(-layout.sum(below))
     total, at_label, *away = layout.added(*figures)
-    return Sums(largest, at_label, total, _beyond(away[0]) if away else None)
-
-
-def _beyond(away: jax.Array) -> jax.Array:
-    """Infinity for the distance of a class that is impossible, and has a weight above 1e-8."""
-    return jnp.where(away > 1e-8 * jnp.finfo(away.dtype).max, jnp.inf, away)
+    found = away[0] if away else None
+    if found is not None and targets.weights is not None:
+        # An impossible class, that has a weight above 1e-8.
+        found = jnp.where(found > 1e-8 * jnp.finfo(x.dtype).max, jnp.inf, found)
+    return Sums(largest, at_label, total, found)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -221,6 +220,7 @@ def _(layout: Layout, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     is_label = layout.is_label(x, targets.labels).astype(x.dtype)
 
     def plain(x: jax.Array, on: Any, off: Any, weights: Any, number: Any, z: Any) -> jax.Array:
+        x = jnp.where(targets.counts(), x, 0)
         v, total = on * is_label, on
         if off is not None:
             v = v + (off if weights is None else off * weights)

@@ -41,11 +41,14 @@ class Options(NamedTuple):
         )
 
     def capped(self, logits: jax.Array) -> jax.Array:
-        """Logits within (-c, c): c tanh(x / c)."""
-        if self.soft_cap is None:
-            return logits
-        cap = jnp.asarray(self.soft_cap).astype(logits.dtype)
-        return cap * jnp.tanh(logits / cap)
+        """The logits within (-c, c)."""
+        return logits if self.soft_cap is None else soft_capped(logits, self.soft_cap)
+
+
+def soft_capped(logits: jax.Array, soft_cap: Number) -> jax.Array:
+    """c tanh(x / c); an impossible class, of -inf, stays impossible."""  # noqa: D403
+    cap = jnp.asarray(soft_cap).astype(logits.dtype)
+    return jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
 
 
 class Classes(NamedTuple):
@@ -114,6 +117,7 @@ def class_labels(
     labels: Any, shape: tuple[int, ...], axis: int, options: Options, *, soft: bool = True
 ) -> jax.Array:
     """Labels that fit logits of a shape: integers of its rows, or probabilities of the shape."""
+    labels = np.asarray(labels) if isinstance(labels, (list, tuple)) else labels
     # In NumPy: within a trace even a comparison of constants is traced.
     concrete = np.asarray(labels) if _check.is_concrete(labels) else None
     labels = jnp.asarray(labels)
@@ -136,7 +140,9 @@ def class_labels(
             wrong &= concrete != options.ignore_index
         if wrong.any():
             raise _check.ArgumentError("labels", f"the value {concrete[wrong].flat[0]}", accepted)
-    return labels
+    # 8 bits can't count 300 classes.
+    narrow = integer and jnp.iinfo(labels.dtype).bits < 32
+    return labels.astype(jnp.int32) if narrow else labels
 
 
 def index_targets(
