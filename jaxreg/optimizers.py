@@ -89,16 +89,26 @@ def _link(
     """A transformation as it is; a number, checked under the argument's name, made into one."""
     if value is None:
         return None
+    taken, accepted = _TAKES[name]
     if not _check.is_transformation(value):
-        return make(check(name, value))
+        try:
+            return make(check(name, value))
+        except _check.ArgumentError as error:
+            raise _check.ArgumentError(name, error.given, accepted) from None
     for link in links(value):
-        own = describe(link.update)[0]
-        if own in _PLACES and _PLACES[own] not in _TAKES[name]:
-            raise _check.ArgumentError(name, own, f"a number or a link; this {_PLACES[own]}")
+        own = _factory(link)
+        if own in _PLACES and _PLACES[own] not in taken:
+            raise _check.ArgumentError(name, own, f"{accepted}; this {_PLACES[own]}")
     if rate := learning_rate_in(value):
-        given = f"a whole optimizer, with {rate}"
-        raise _check.ArgumentError(name, given, "a number or a link")
+        raise _check.ArgumentError(name, f"a whole optimizer, with {rate}", accepted)
     return value
+
+
+def _factory(link: Transformation) -> str:
+    """What made a link; a clip by what made its rule, where that has a place of its own."""
+    own, closed = describe(link.update)
+    rule = describe(closed["rule"])[0] if own == "jaxreg.clip" else own
+    return rule if rule in _PLACES else own
 
 
 # Where a link belongs that has one place only: at another it would do something else in silence.
@@ -106,6 +116,7 @@ _CLIP, _LAST = "is a clip, for clip=", "comes last in a chain, behind the optimi
 _COUPLED = "changes the gradient, for l2="
 _DECOUPLED = "comes after the learning rate, for decay="
 _AROUND = "goes around a direction or a whole optimizer"
+_AFTER = "clips updates, in optax.chain(direction, link), or around one with direction="
 _PLACES = {
     **dict.fromkeys(("jaxreg.clip", "jaxreg.clip_by_value"), _CLIP),
     **dict.fromkeys(("optax.clip", "optax.clip_by_global_norm", "optax.adaptive_grad_clip"), _CLIP),
@@ -117,12 +128,20 @@ _PLACES = {
     **dict.fromkeys(("jaxreg.average_of_params", "jaxreg.lookahead"), _LAST),
     **dict.fromkeys((*WRAPPERS, "jaxreg.skip_step", "jaxreg.stochastic_rounding"), _AROUND),
     **dict.fromkeys(("jaxreg.selective_projection_decay", "jaxreg.proximal"), _AROUND),
+    "jaxreg.clip_update_rms": _AFTER,
 }
+# Of each argument the links that it takes, and what it says that it takes.
+_STRENGTH = "a finite number >= 0, a schedule, or a link such as jaxreg."
+_DECAYS = (_DECOUPLED, _LAST), _STRENGTH + "weight_decay(0.01)"
 _TAKES = {
-    "clip": (_CLIP,),
-    "l2": (_COUPLED,),
-    "decay": (_DECOUPLED, _LAST),
-    "weight_decay": (_DECOUPLED, _LAST),
+    "clip": (
+        (_CLIP,),
+        "a number > 0, or a link such as jaxreg.clip_by_global_norm(1.0), which "
+        "takes a schedule under optax.inject_hyperparams",
+    ),
+    "l2": ((_COUPLED,), _STRENGTH + "l2_decay(1e-4)"),
+    "decay": _DECAYS,
+    "weight_decay": _DECAYS,
 }
 
 

@@ -397,6 +397,14 @@ def test_new_strengths_and_deltas_compile_nothing_new():
         ),
         ({"l2": jaxreg.clip_by_leaf_norm(1.0)}, "l2: got jaxreg.clip; .* for clip="),
         ({"clip": jaxreg.ema_of_params(0.9)}, "clip: got .*; .* comes last"),
+        ({"clip": jaxreg.clip_update_rms()}, "clip: got jaxreg.clip_update_rms; .* clips updates"),
+        (
+            {"clip": -1.0},
+            "clip: got -1.0; accepted: a number > 0, or a link such as jaxreg.clip_by",
+        ),
+        ({"clip": optax.linear_schedule(1, 0, 9)}, "clip: got a function; .* a link such as"),
+        ({"l2": -1.0}, "l2: got -1.0; .*a schedule, or a link such as jaxreg.l2_decay"),
+        ({"decay": "0.1"}, "decay: got '0.1'; .*a schedule, or a link such as jaxreg.weight_decay"),
     ],
 )
 def test_a_link_in_the_wrong_place_of_regularize_is_refused(arguments, message):

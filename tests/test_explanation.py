@@ -389,6 +389,31 @@ def test_a_decay_below_the_rounding_of_the_weights_is_unknown_where_weights_are_
         assert (leaf.decay_kind, leaf.decay) == UNKNOWN
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_findings_do_not_hang_on_the_draw_where_leaves_are_small(seed):
+    params = {"one": jnp.ones(1), "two": jnp.ones(2), "three": jnp.ones(3)}
+    nonnegative = optax.chain(optax.sgd(LR), optax.keep_params_nonnegative())
+    for leaf in found(nonnegative, params, seed=seed).values():
+        assert leaf.penalized
+    for by_norms in (optax.lars(LR), optax.novograd(LR)):
+        for path, leaf in found(by_norms, params, seed=seed).items():
+            assert leaf.clip == "unknown" or path == "one"  # whose norm is the entry itself
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    for leaf in found(jaxreg.stochastic_rounding(ADAMW, seed=seed), params, seed=seed).values():
+        assert not leaf.still
+        assert leaf.acts_at is None
+
+
+def test_a_raw_gradient_shows():
+    masked = optax.masked(optax.adam(LR), {"bias": False, "kernel": True})
+    explained = jaxreg.explain(masked, SMALL)
+    assert [leaf.raw for leaf in explained.leaves] == [True, False]
+    assert "bias    float32[4]    none   none  none         adds the raw gradient" in str(explained)
+    whole = optax.masked(optax.set_to_zero(), {"bias": True, "kernel": False})
+    left = found(optax.chain(masked, whole), SMALL)
+    assert [(leaf.raw, leaf.frozen) for leaf in left.values()] == [(False, True), (False, False)]
+
+
 def test_frozen_leaves_show():
     labels = {"dense": {"bias": "no", "kernel": "yes"}, "out": "no"}
     tx = optax.partition({"yes": optax.adamw(LR), "no": optax.set_to_zero()}, labels)

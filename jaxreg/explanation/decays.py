@@ -57,6 +57,9 @@ class Decays:
             "other": self.weights(q=2.0, q2=1.0),
             "tiny": self.weights(q=tiny),
             "spread": self.weights(h=1.0),
+            "minus far": self.weights(q=-far),
+            "minus tiny": self.weights(q=-tiny),
+            "minus spread": self.weights(h=-1.0),
         }
         runs: Sequences = {("0", name): [(zero, p)] for name, p in weights.items()}
         for sign, g in [("+", {"r": 1.0}), ("-", {"r": -1.0})]:
@@ -270,12 +273,16 @@ class Leaf:
 
     def _zeroes(self, found: Decay) -> bool:
         """Whether small weights become exactly 0, and large ones do not."""
-        zeroed = {
-            name: (self.u("0", name) == -self.w(name)) & (self.w(name) != 0)
-            for name in ("tiny", "spread", "far")
-        }
+        # With both signs of each entry: a constraint may zero those of one sign.
+        zeroed = {}
+        for name in ("tiny", "spread", "far"):
+            u, w = (
+                np.concatenate([of(name), of(f"minus {name}")])
+                for of in (lambda p: self.u("0", p), self.w)
+            )
+            zeroed[name] = (u == -w) & (w != 0)
         small = zeroed["tiny"].any() or zeroed["spread"].any()
-        if small and not (zeroed["tiny"].all() or (zeroed["spread"].any())):
+        if small and not (zeroed["tiny"].all() or zeroed["spread"].any()):
             small = False
         found.penalized = bool(small and not zeroed["far"].all())
         return bool(small)

@@ -16,7 +16,8 @@ from jaxreg.explanation.probing import Prober, Sequences
 from jaxreg.explanation.records import Explanation, LeafExplanation, describe_change
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what overflows is told as what is not finite
+# What overflows is told as what is not finite.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def explain(
     tx: optax.GradientTransformation,
     params: optax.Params,
@@ -100,6 +101,7 @@ def explain(
     find_coupled(decays, found, clips)
     frozen, idle, acts_at = _later(prober, decays, step)
     waits = _waits(prober, decays) if step else frozen
+    raw = _raw(prober, decays)
     changed = [
         describe_change(n, before[n], after.get(n)) for n in before if before[n] != after.get(n)
     ]
@@ -131,6 +133,7 @@ def explain(
                 frozen=frozen[i],
                 still=idle[i],
                 acts_at=acts_at[i],
+                raw=raw[i],
                 lost=_lost(leaf.dtype, own_weights[i], decay.amount) if floating[i] else None,
                 dtypes=tuple(own),
             )
@@ -154,7 +157,8 @@ def _later(
 ) -> tuple[list[bool], list[bool], list[int | None]]:
     """Leaves without an update at any step, at this one only, and steps where more acts."""
     q = decays.weights(q=1.0)
-    kinds: Sequences = {"step": [({"r": 1.0}, q)], "decay": [({}, q)]}
+    # Beside weights of zero no step is lost to rounding.
+    kinds: Sequences = {"step": [({"r": 1.0}, q)], "first": [({"r": 1.0}, {})], "decay": [({}, q)]}
     here = {name: run.updates[0] for name, run in prober.run(kinds).items()}
     frozen = [yes and at for yes, at in zip(prober.are_zero(), prober.floating, strict=True)]
     idle = [
@@ -171,10 +175,40 @@ def _later(
         runs = {(name, at): kinds[name] for at in steps for name in kinds}
         there = prober.run(runs, {run: run[1] for run in runs})
         for name, at in runs:
-            for i, now in enumerate(there[name, at].updates[0]):
-                if acts_at[i] is None and np.any(now) and not np.any(here[name][i]):
+            run = there[name, at]
+            for i, now in enumerate(run.updates[0]):
+                if acts_at[i] is not None or np.any(here[name][i]):
+                    continue
+                if _acts(now, run.weights[0][i], prober.shapes[i].dtype):
                     acts_at[i] = at
     return frozen, idle, acts_at
+
+
+def _acts(update: np.ndarray, weights: np.ndarray, dtype: Any) -> bool:
+    """Whether there is an update that is not rounding to one of two neighbours, as by chance."""
+    moved = update != 0
+    far = np.abs(update[moved]) / _spacing(weights[moved], dtype)
+    return bool(np.any((far != 1) & (far != 0.5)))  # below a power of 2 the grid is finer
+
+
+def _spacing(weights: np.ndarray, dtype: Any) -> np.ndarray:
+    """The unit in the last place of each weight; 0 of 0."""
+    size = np.abs(weights)
+    exponents = np.floor(np.log2(np.where(size > 0, size, 1)))
+    return np.where(size > 0, np.exp2(exponents) * float(jnp.finfo(dtype).eps), 0)
+
+
+def _raw(prober: Prober, decays: Decays) -> list[bool]:
+    """Leaves whose updates are the gradients themselves."""
+    factors = {"plus": 1.0, "minus": -2.0}
+    runs: Sequences = {n: [({"r": f}, decays.weights(q=f))] for n, f in factors.items()}
+    out = prober.run(runs)
+    grads = prober.sampled("r")
+    return [
+        grads[i].size > 0
+        and all(np.array_equal(out[n].updates[0][i], f * grads[i]) for n, f in factors.items())
+        for i in range(len(grads))
+    ]
 
 
 def _waits(prober: Prober, decays: Decays) -> list[bool]:
@@ -195,10 +229,8 @@ def _lost(dtype: Any, own: np.ndarray, amount: float | None) -> bool | None:
     """Whether amount * p is below half an ulp of p, for most of the weights that are not 0."""
     if amount is None:
         return None
-    info = jnp.finfo(dtype)
     weights = np.abs(own).astype(np.float64)
     weights = weights[weights > 0] if np.any(weights) else np.ones(1)
     if not amount or not weights.size:
         return False
-    half = 2.0 ** np.floor(np.log2(weights)) * float(info.eps) / 2
-    return bool(np.mean(abs(amount) * weights < half) > 0.5)
+    return bool(np.mean(abs(amount) * weights < _spacing(weights, dtype) / 2) > 0.5)

@@ -218,6 +218,9 @@ class Prober:
         patterns["sign"] = np.sign(patterns["r"])
         # The halves of "r": entries of both are in each leaf, and in a leaf of one in either.
         half = draw.integers(0, 2, size, np.int8)
+        for end, count in zip(self.ends, self.sizes, strict=True):
+            if count > 1 and np.ptp(half[end - count : end]) == 0:
+                half[end - 1] ^= 1
         patterns["ra"], patterns["rb"] = patterns["r"] * half, patterns["r"] * (1 - half)
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self.shapes)
         own = [] if abstract else zip(self.shapes, self.floating, strict=True)
@@ -232,6 +235,10 @@ class Prober:
             return np.arange(size)
         # With replacement, as a permutation of a large leaf takes long.
         return np.unique(self.draw.integers(0, size, some))
+
+    def sampled(self, name: str) -> list[np.ndarray]:
+        """A pattern as a gradient of which the entries are taken that a run returns."""
+        return [x[0] for x in self._sampled(self._tree([{name: 1.0}] * self.lanes))]
 
     def _sampled(self, tree: Any) -> list[np.ndarray]:
         out = []

@@ -33,6 +33,8 @@ class LeafExplanation:
         still: whether there is no update at this step, though the leaf is not frozen.
         acts_at: a step at which there is an update, or one of weights alone, that is not there
             at this step; None where none was found.
+        raw: whether the update is the gradient itself, uphill: ``optax.masked`` gives it on for
+            what its mask leaves out.
         lost: whether the decay of most of the weights is below half a unit in their last place.
         dtypes: what does not keep its dtype: the updates, parts of the state.
     """
@@ -50,6 +52,7 @@ class LeafExplanation:
     frozen: bool
     still: bool
     acts_at: int | None
+    raw: bool
     lost: bool | None
     dtypes: tuple[str, ...]
 
@@ -65,13 +68,16 @@ class LeafExplanation:
         penalty = {None: "unknown", False: "none", True: "exact zeros"}[self.penalized]
         if self.penalty_threshold is not None:
             penalty = f"zero up to {self.penalty_threshold:.3g}"
-        notes = ["decay is lost"] if self.lost else []
+        notes = ["adds the raw gradient"] if self.raw else []
+        notes += ["decay is lost"] if self.lost else []
         if self.still and self.acts_at is None:
             notes.append("no update at the steps tried")
         elif self.acts_at is not None:
             no = "no step is taken at this step: try step=" if self.still else "more acts at step "
             notes.append(f"{no}{self.acts_at}")
-        notes += [f"{len(self.dtypes)} dtypes change"] if self.dtypes else []
+        if self.dtypes:
+            many = len(self.dtypes)
+            notes.append("a dtype changes" if many == 1 else f"{many} dtypes change")
         return decay, self.clip + at, penalty, ", ".join(notes)
 
 
@@ -80,7 +86,7 @@ class Explanation:
     """What an optimizer does to the weights; ``str`` of it is a table.
 
     Attributes:
-        leaves: one record a leaf, in the order of the tree.
+        leaves: one `LeafExplanation` a leaf, in the order of the tree.
         step: the step that was asked for.
         state_dtypes: the leaves of the state whose dtype is another one after an update, which
             ``jax.lax.scan`` refuses.

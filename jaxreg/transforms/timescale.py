@@ -42,6 +42,9 @@ def decay_from_timescale(
     if (epochs is None) != (steps_per_epoch is None):
         accepted = "a number > 0 where the timescale is in epochs, and None where it is in steps"
         raise _check.ArgumentError("steps_per_epoch", repr(steps_per_epoch), accepted)
+    if _check.is_schedule(learning_rate):
+        accepted = "a finite number > 0: of a schedule its peak"
+        raise _check.ArgumentError("learning_rate", "a function", accepted)
     rate = _check.positive_finite("learning_rate", learning_rate)
     if steps is not None:
         return 1 / (rate * _check.positive_finite("steps", steps))
