@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxreg.diagnostics import metrics as metrics
     from jaxreg.explanation import Explanation as Explanation
     from jaxreg.explanation import explain as explain
+    from jaxreg.losses import activity_penalty as activity_penalty
     from jaxreg.losses import confidence_penalty as confidence_penalty
     from jaxreg.losses import entropy as entropy
     from jaxreg.losses import focal_loss as focal_loss
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from jaxreg.penalties import TotalVariation as TotalVariation
     from jaxreg.penalties import TotalVariation2D as TotalVariation2D
     from jaxreg.penalties import UnitNorm as UnitNorm
-    from jaxreg.penalties import activity_penalty as activity_penalty
     from jaxreg.penalties import penalty_value as penalty_value
     from jaxreg.transforms import adagc as adagc
     from jaxreg.transforms import adaptive_clip as adaptive_clip
@@ -228,7 +228,7 @@ _HOMES = {
     "sigmoid_smoothed_cross_entropy": "jaxreg.losses",
     "smooth_labels": "jaxreg.losses",
     "symmetric_kl": "jaxreg.losses",
-    "activity_penalty": "jaxreg.penalties",
+    "activity_penalty": "jaxreg.losses",
     "penalty_value": "jaxreg.penalties",
     "smoothed_cross_entropy": "jaxreg.losses",
     "ramda": "jaxreg.transforms",

@@ -218,7 +218,7 @@ def integer(name: str, value: Any) -> int:
 def axis(name: str, value: int, x: Any) -> int:
     """An axis that x has, counted from 0."""
     if not is_whole(value) or not -x.ndim <= value < x.ndim:
-        accepted = f"an axis of x, which has the shape {tuple(x.shape)}"
+        accepted = f"an axis of an array of the shape {tuple(x.shape)}"
         raise ArgumentError(name, repr(value), accepted)
     return value % x.ndim
 

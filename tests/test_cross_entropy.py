@@ -56,11 +56,12 @@ def options(seed, labels, classes=7):
     exists = rng.random((len(labels), classes)) < 0.6
     exists[np.arange(len(labels)), labels] = True
     exists[:, 0] = exists[:, 1] = True
+    shared = np.isin(np.arange(classes), labels) | exists[0]
     found = {
         "z_loss": 0.01,
         "soft_cap": 4.0,
         "class_weights": rng.uniform(0, 2, classes).astype(np.float32),
-        "where": exists if seed % 2 else exists[0] | True,
+        "where": exists if seed % 2 else shared,
         "spread": "others",
     }
     return {name: value for name, value in found.items() if rng.random() < 0.5}
@@ -91,14 +92,28 @@ def test_gradient_agrees_with_the_closed_form():
     chex.assert_trees_all_close(grad, expected, atol=1e-6)
 
 
-def test_agrees_with_optax_on_one_hot_labels():
-    logits, labels = problem(0)
-    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), 0.1)
-    chex.assert_trees_all_close(
-        jaxreg.smoothed_cross_entropy(logits, labels, 0.1),
-        optax.softmax_cross_entropy(logits, smoothed),
-        rtol=1e-5,
-    )
+LABELS = problem(0)[1]
+ONE_HOT = optax.smooth_labels(jax.nn.one_hot(LABELS, 7), 0.1)
+Q = jax.nn.softmax(problem(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ((LABELS, 0.1), lambda x: optax.softmax_cross_entropy(x, ONE_HOT)),
+        ((LABELS, 0.0), lambda x: optax.softmax_cross_entropy_with_integer_labels(x, LABELS)),
+        ((Q, 0.0), lambda x: optax.softmax_cross_entropy(x, Q)),
+    ],
+    ids=["smoothed", "integers", "probabilities"],
+)
+def test_takes_the_place_of_optaxs(ours, theirs):
+    """The README's table."""
+    logits = problem(0)[0]
+    loss = jaxreg.smoothed_cross_entropy
+    chex.assert_trees_all_close(loss(logits, *ours), theirs(logits), rtol=1e-5)
+    found = jax.grad(lambda x: loss(x, *ours).sum())(logits)
+    expected = jax.grad(lambda x: theirs(x).sum())(logits)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_shift_of_the_logits_changes_nothing():
@@ -166,6 +181,37 @@ def test_options_agree_with_the_formula(seed, smoothing, soft):
         given = q.astype(np.float32)
     losses = jaxreg.smoothed_cross_entropy(logits, given, smoothing, **chosen)
     np.testing.assert_allclose(losses, oracle(logits, q, smoothing, **chosen), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    seed=st.integers(0, 9999),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    leading=st.sampled_from([(), (3,), (2, 3)]),
+    classes=st.sampled_from([2, 7]),
+    masked=st.booleans(),
+    soft=st.booleans(),
+    axis=st.integers(0, 2),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_shape_dtype_and_mask_agrees_with_the_formula(
+    seed, dtype, leading, classes, masked, soft, axis
+):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(3 * rng.normal(size=(*leading, classes)), dtype)
+    labels = rng.integers(0, classes, leading)
+    exists = np.eye(classes, dtype=bool)[labels] | (rng.random(x.shape) < 0.5) | (not masked)
+    q = np.eye(classes)[labels]
+    if soft:
+        q = np.where(exists, rng.dirichlet(np.ones(classes), leading or None), 0)
+        q = q.astype(np.float32)
+    axis = axis % x.ndim
+    move = lambda a: jnp.moveaxis(jnp.asarray(a), -1, axis)  # noqa: E731
+    losses = jaxreg.smoothed_cross_entropy(
+        move(x), move(q) if soft else jnp.asarray(labels), 0.2, where=move(exists), axis=axis
+    )
+    assert losses.dtype == jnp.float32
+    expected = oracle(x, q, 0.2, where=exists)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["integers", "probabilities"])
@@ -381,6 +427,34 @@ def test_sharded_logits_are_never_gathered(kind, spec, count, reduction):
     chex.assert_trees_all_close(found, jax.value_and_grad(loss)(logits), rtol=1e-5, atol=1e-6)
     assert collectives(compiled) == {"all-reduce": count}
     assert found[1].sharding.is_equivalent_to(sharded.sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("soft", [False, True], ids=["integers", "probabilities"])
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")], ids=["tokens", "vocabulary"])
+def test_options_of_sharded_logits_are_those_of_whole_ones(kind, soft, spec):
+    logits, labels = problem(0, rows=16, classes=32)
+    exists = jax.nn.one_hot(labels, 32, dtype=bool) | (jnp.arange(32) % 3 > 0)
+    weights = jnp.linspace(0.5, 2, 32)
+    q = jnp.where(exists, jax.nn.softmax(logits[::-1]), 0) if soft else labels
+
+    def loss(x, q, exists, weights):
+        return jaxreg.smoothed_cross_entropy(
+            x, q, class_weights=weights, where=exists, soft_cap=5.0, z_loss=0.1, reduction="mean"
+        )
+
+    both = jax.value_and_grad(loss)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, PartitionSpec(*spec))
+        classes, rows = (NamedSharding(mesh, PartitionSpec(name)) for name in (spec[1], spec[0]))
+        places = whole, whole if soft else rows, whole, classes
+        args = [jax.device_put(*each) for each in zip((logits, q, exists, weights), places)]  # noqa: B905
+        compiled = jax.jit(both).lower(*args).compile()
+        found = compiled(*args)
+    chex.assert_trees_all_close(found, both(logits, q, exists, weights), rtol=1e-5, atol=1e-7)
+    assert set(collectives(compiled)) == {"all-reduce"}
+    assert found[1].sharding.is_equivalent_to(args[0].sharding, 2)
 
 
 def test_an_impossible_class_with_a_share_costs_infinity_and_without_nothing():

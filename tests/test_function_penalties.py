@@ -266,6 +266,10 @@ def test_the_activity_penalty_is_that_of_each_example(dtype, x64):
     np.testing.assert_allclose(groups, looped, rtol=8 * np.finfo(wide).eps)
     gradient = jax.grad(lambda x: jaxreg.activity_penalty(x, jaxreg.L1(0.5)).sum())(activations)
     np.testing.assert_array_equal(np.asarray(gradient).astype(float), 0.5 * np.sign(a))
+    for reduction, numpy in (("mean", np.mean), ("sum", np.sum)):
+        reduced = jaxreg.activity_penalty(activations, jaxreg.L1(0.5), reduction=reduction)
+        total = numpy(0.5 * np.abs(a).sum((1, 2)))
+        np.testing.assert_allclose(reduced, total, rtol=8 * np.finfo(wide).eps)
     assert jaxreg.activity_penalty(activations[:0], jaxreg.L1(0.5)).shape == (0,)
     assert jaxreg.activity_penalty(activations[:, 0, 0], jaxreg.L1(0.5)).shape == (4,)
 
@@ -317,6 +321,7 @@ def rows(x):
         (lambda: jaxreg.activity_penalty(jnp.ones(()), jaxreg.L1(0.1)), "activations"),
         (lambda: jaxreg.activity_penalty(X.astype(int), jaxreg.L1(0.1)), "activations"),
         (lambda: jaxreg.activity_penalty(X[0], jaxreg.Nuclear(0.1)), "activations"),
+        (lambda: jaxreg.activity_penalty(X, jaxreg.L1(0.1), reduction="average"), "reduction"),
     ],
 )
 def test_bad_arguments_are_named(call, name):

@@ -225,6 +225,10 @@ def test_the_state_can_be_scanned_over_and_does_not_depend_on_the_shape_of_batch
     whole, state = online.loss(online.init(), logits, labels)
     np.testing.assert_allclose(losses, whole, rtol=1e-6)
     chex.assert_trees_all_close(scanned, state, rtol=1e-6)
+    for reduction, expected in (("mean", whole.mean()), ("sum", whole.sum())):
+        reduced, same = online.loss(online.init(), logits, labels, reduction)
+        np.testing.assert_allclose(reduced, expected, rtol=1e-6)
+        chex.assert_trees_all_equal(same, state)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])

@@ -355,6 +355,16 @@ def test_a_confident_prediction_keeps_the_digits_of_its_losses():
     np.testing.assert_allclose(poly[1], [-falls * (1 + p), falls * (1 + p)], rtol=1e-6)
 
 
+def test_the_entropy_of_a_confident_prediction_keeps_its_digits():
+    logits = jnp.array([20.0, 0.0, -INF])
+    value, gradient = jax.value_and_grad(jaxreg.entropy)(logits)
+    q = np.exp(-20.0) / (1 + np.exp(-20.0))  # of the other class
+    expected = -q * np.log(q) - (1 - q) * np.log1p(-q)
+    slope = q * (1 - q) * 20.0
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-slope, slope, 0.0], rtol=1e-5)
+
+
 def test_symmetric_kl_of_a_prediction_with_itself_is_0_and_stationary():
     logits = problem(0, dtype=np.float32).logits.at[0, 0].set(-INF)
     value, gradients = jax.value_and_grad(

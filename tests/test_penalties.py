@@ -63,7 +63,7 @@ def test_a_bad_number_is_refused_at_construction(make, message):
     ("penalty", "message"),
     [
         (jaxreg.NM(2, 4), r"m: got 4; accepted: a divisor of 6, the length of axis -2"),
-        (jaxreg.NM(2, 4, axis=2), r"axis: got 2; accepted: an axis of x, which has the shape"),
+        (jaxreg.NM(2, 4, axis=2), r"axis: got 2; accepted: an axis of an array of the shape"),
         (jaxreg.HalfSpace([1.0, 1.0], 1.0), r"normal: .* accepted: an array of x's shape \(6, 2\)"),
         (jaxreg.Affine(np.ones((1, 3)), [1.0]), r"matrix: .*accepted: .*\(equations, 12\)"),
         (

@@ -14,8 +14,8 @@ PACKAGE = Path(jaxreg.__file__).parent
 # Imports go from a later layer to an earlier one, or stay within a folder.
 LAYERS = [
     ["_check", "_tree", "_address", "where", "groups", "_roots", "norms"],
-    ["penalties", "losses", "noise", "mnist1d"],
-    ["optimality", "data"],
+    ["penalties", "noise", "mnist1d"],
+    ["losses", "optimality", "data"],
     ["splits"],
     ["transforms"],
     ["optimizers", "diagnostics", "explanation", "compat"],

@@ -9,11 +9,17 @@ from jaxreg.losses.classification import (
     symmetric_kl,
 )
 from jaxreg.losses.cross_entropy import smoothed_cross_entropy
-from jaxreg.losses.functions import gradient_penalty, jacobian_penalty, orthogonality_penalty
+from jaxreg.losses.functions import (
+    activity_penalty,
+    gradient_penalty,
+    jacobian_penalty,
+    orthogonality_penalty,
+)
 from jaxreg.losses.labels import mixup_loss, online_label_smoothing, smooth_labels
 from jaxreg.losses.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
+    "activity_penalty",
     "confidence_penalty",
     "entropy",
     "focal_loss",

@@ -1,5 +1,6 @@
 """Losses of predicted classes beside the cross-entropy: of one class among two or many."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,8 +10,16 @@ import numpy as np
 
 from jaxreg import _check, _tree
 from jaxreg.losses.cross_entropy import smoothed_cross_entropy
-from jaxreg.losses.rows import times
-from jaxreg.losses.targets import Number, Reduction, mean_or_sum
+from jaxreg.losses.rows import Layout, times
+from jaxreg.losses.targets import (
+    Classes,
+    Number,
+    Reduction,
+    classes_of,
+    existing,
+    floating,
+    mean_or_sum,
+)
 
 
 def sigmoid_smoothed_cross_entropy(
@@ -52,7 +61,7 @@ def sigmoid_smoothed_cross_entropy(
     """
     e = _check.fraction("smoothing", smoothing)
     x = _logits(logits)
-    counts = None if where is None else _exist(where, x.shape)
+    counts = None if where is None else jnp.broadcast_to(existing(where, x.shape), x.shape)
     y = _binary(labels, x.shape, where).astype(x.dtype)
     if counts is not None:
         # Twice: an entry that does not count may be NaN, whose derivative would be, too.
@@ -109,7 +118,9 @@ def focal_loss(
     nll = _nll(labels, logits, **options)
     weighted = nll
     if class_weights is not None:
-        weighted = _nll(labels, logits, class_weights=class_weights, **options)
+        classes = _classes(logits, axis, nll.dtype, class_weights=class_weights)
+        each = classes.at_labels(jnp.expand_dims(jnp.asarray(labels), axis), classes.weights)
+        weighted = times(jnp.squeeze(each, axis), nll)
     falls = -jnp.expm1(-nll)  # 1 - p, of which a derivative loses no digit
     # A power has no derivative at 0, and its second one may overflow near it: below 1e-19 (in
     # float32) the loss is as good as 0.
@@ -167,12 +178,9 @@ def poly_loss(
     nll = _nll(labels, logits, **options)
     losses = smoothed_cross_entropy(logits, labels, smoothing, **options)
     e = jnp.asarray(smoothing).astype(nll.dtype)
-    number = jnp.shape(logits)[axis]
-    if where is not None:
-        exist = jnp.broadcast_to(jnp.asarray(where), jnp.shape(logits))
-        number = jnp.sum(exist, axis, nll.dtype)
+    number = jnp.squeeze(_classes(logits, axis, nll.dtype, where=where).number, axis)
     # The probabilities add up to 1: what the smoothing adds is the same for all.
-    number = jnp.maximum(jnp.asarray(number, nll.dtype), 1)
+    number = jnp.broadcast_to(jnp.maximum(number, 1), nll.shape)
     falls = (1 - e) * -jnp.expm1(-nll) + e * (1 - 1 / number)
     counts = _counts(labels, ignore_index)
     added = jnp.asarray(epsilon).astype(nll.dtype) * falls
@@ -202,8 +210,10 @@ def entropy(
     >>> print(jaxreg.entropy(jnp.array([[0.0, 0.0, -jnp.inf], [9.0, 0.0, 0.0]])).round(4))
     [0.6931 0.0025]
     """
-    log_p, p = _log_softmax(_logits(logits), where, axis)
-    return mean_or_sum(-jnp.sum(p * log_p, axis), reduction)
+    x = _logits(logits)
+    if where is not None:
+        x = jnp.where(existing(where, x.shape), x, -jnp.inf)
+    return mean_or_sum(_entropy(axis, x), reduction)
 
 
 def confidence_penalty(
@@ -292,10 +302,7 @@ def symmetric_kl(
 
 
 def _logits(logits: Any, name: str = "logits") -> jax.Array:
-    logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise _check.ArgumentError(name, _check.describe(logits), "a real floating array")
-    return _tree.widen(logits)
+    return _tree.widen(floating(name, logits, "a real floating array"))
 
 
 def _binary(labels: Any, shape: tuple[int, ...], where: Any) -> jax.Array:
@@ -320,18 +327,35 @@ def _fitting(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise _check.ArgumentError(name, _check.describe(array), accepted) from None
 
 
-def _exist(where: Any, shape: tuple[int, ...]) -> jax.Array:
-    exist = jnp.asarray(where)
-    if exist.dtype != bool:
-        raise _check.ArgumentError("where", _check.describe(where), "bools")
-    return _fitting("where", exist, shape)
-
-
 def _nll(labels: Any, logits: jax.Array, **options: Any) -> jax.Array:
     """-log p of integer labels."""
     if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
         raise _check.ArgumentError("labels", _check.describe(labels), "integers")
     return smoothed_cross_entropy(logits, labels, 0.0, **options)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _entropy(axis: int, x: jax.Array) -> jax.Array:
+    log_p, p = _log_softmax(x, None, axis)
+    return -jnp.sum(p * log_p, axis)
+
+
+@_entropy.defjvp
+def _(axis: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Without the derivatives of log p, which add up to 0 but for rounding: more than the slope of
+    a confident prediction.
+    """
+    (x,), (dx,) = primals, tangents
+    log_p, p = _log_softmax(x, None, axis)
+    change = p * (dx - jnp.sum(p * dx, axis, keepdims=True))
+    return -jnp.sum(p * log_p, axis), -jnp.sum(log_p * change, axis)
+
+
+def _classes(
+    logits: jax.Array, axis: int, dtype: Any, class_weights: Any = None, where: Any = None
+) -> Classes:
+    shape = jnp.shape(logits)
+    return classes_of(shape, Layout(axis % len(shape)), dtype, class_weights, where)
 
 
 def _counts(labels: Any, ignore_index: int | None) -> jax.Array | None:
@@ -347,11 +371,15 @@ def _log_softmax(
     axis = _check.axis("axis", axis, x)
     possible = x != -jnp.inf
     if where is not None:
-        possible &= _exist(where, x.shape)
+        possible &= existing(where, x.shape)
     largest = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=possible)
     largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
     # Selected twice: what is not chosen has a derivative of its own, which may be NaN.
     below = jnp.where(possible, x, 0) - largest
-    log_sum = jnp.log(jnp.sum(jnp.exp(below), axis, keepdims=True, where=possible))
+    # Beside the largest, whose logarithm keeps the digits of the others.
+    is_largest = possible & (below == 0)
+    others = jnp.where(is_largest, jnp.expm1(below), jnp.exp(below))
+    number = jnp.sum(is_largest, axis, others.dtype, keepdims=True)
+    log_sum = jnp.log1p(jnp.sum(others, axis, keepdims=True, where=possible) + (number - 1))
     log_p = below - log_sum
     return jnp.where(possible, log_p, impossible), jnp.where(possible, jnp.exp(log_p), 0)

@@ -16,6 +16,7 @@ from jaxreg.losses.targets import (
     Spread,
     class_labels,
     classes_of,
+    floating,
     index_targets,
     reduced,
     soft_targets,
@@ -91,10 +92,8 @@ def smoothed_cross_entropy(
     [0.639545, 0.0]
     """
     options = Options(smoothing, z_loss, soft_cap, ignore_index, spread, reduction).checked()
-    logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
-        accepted = "a real floating array with an axis of classes"
-        raise _check.ArgumentError("logits", _check.describe(logits), accepted)
+    accepted = "a real floating array with an axis of classes"
+    logits = floating("logits", logits, accepted, rank=1)
     axis = _check.axis("axis", axis, logits)
     labels = class_labels(labels, logits.shape, axis, options)
     given = {"logits": logits, "labels": labels, "class_weights": class_weights, "where": where}
@@ -112,9 +111,9 @@ def _loss(
     if classes.exist is not None:
         x = jnp.where(classes.exist, x, -jnp.inf)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        v, z, own = soft_targets(labels.astype(x.dtype), classes, chosen)
+        v, z, weight = soft_targets(labels.astype(x.dtype), classes, chosen)
         losses = soft_loss(layout, x, v, z)
     else:
-        targets, own = index_targets(jnp.expand_dims(labels, axis), classes, chosen)
+        targets, weight = index_targets(jnp.expand_dims(labels, axis), classes, chosen)
         losses = index_loss(layout, x, targets)
-    return reduced(losses, own, classes, chosen)
+    return reduced(losses, weight, classes, chosen)

@@ -1,4 +1,4 @@
-"""Penalties of what a model does: of its derivatives, and of its kernels' products."""
+"""Penalties of what a model does: of its activations, its derivatives, its kernels' products."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,40 @@ import jax.numpy as jnp
 
 from jaxreg import _check, _tree
 from jaxreg import where as _where
-from jaxreg.losses.targets import Number, Reduction, mean_or_sum
+from jaxreg.losses.targets import Number, Reduction, floating, mean_or_sum
+from jaxreg.penalties.base import Penalty
+
+
+def activity_penalty(
+    activations: jax.Array, penalty: Penalty, *, reduction: Reduction = "none"
+) -> jax.Array:
+    r"""$R(a_i)$ of each example's activations, to be added to its loss.
+
+    With `L1` it is the sparse coding of hidden units; Keras' ``ActivityRegularization(l1, l2)`` is
+    the mean over the batch with ``ElasticNet(l1, 2 * l2)``, whose L2 part is half of the square.
+
+    Args:
+        activations: a real floating array of shape (B, ...).
+        penalty: a penalty of arrays of the shape of one example's.
+        reduction: "none" for each example, "mean" or "sum".
+
+    Returns:
+        Shape (B,), or a scalar; float32 (float64 for 64-bit activations).
+
+    Raises:
+        ValueError: where the activations have no batch axis, or do not fit the penalty.
+
+    >>> import jax.numpy as jnp, jaxreg
+    >>> activations = jnp.array([[1.0, -2.0], [0.0, 3.0]])
+    >>> jaxreg.activity_penalty(activations, jaxreg.L1(0.5)).tolist()
+    [1.5, 1.5]
+    """
+    if not isinstance(penalty, Penalty):
+        raise _check.ArgumentError("penalty", _check.describe(penalty), "a jaxreg penalty")
+    activations = _batch("activations", activations)
+    with _check.of_argument("activations"):
+        values = jax.vmap(penalty.value)(activations)
+    return mean_or_sum(values, reduction)
 
 
 def jacobian_penalty(
@@ -148,11 +181,7 @@ def orthogonality_penalty(params: Any, where: _where.Selector | str = _where.ker
 
 
 def _batch(name: str, x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
-        accepted = "a real floating array with a batch axis"
-        raise _check.ArgumentError(name, _check.describe(x), accepted)
-    return x
+    return floating(name, x, "a real floating array with a batch axis", rank=1)
 
 
 def _pullback(function: Any, inputs: jax.Array, accepted: str) -> tuple[jax.Array, Any]:

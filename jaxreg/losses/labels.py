@@ -15,6 +15,7 @@ from jaxreg.losses.targets import (
     Reduction,
     Spread,
     classes_of,
+    floating,
     mean_or_sum,
     soft_targets,
 )
@@ -52,10 +53,7 @@ def smooth_labels(
     [0.75, 0.25, 0.0]
     """
     options = Options(smoothing, 0.0, None, None, spread, "none").checked()
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.floating) or labels.ndim == 0:
-        accepted = "a real floating array, such as one-hot labels"
-        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+    labels = floating("labels", labels, "a real floating array, such as one-hot labels", rank=1)
     layout = Layout(_check.axis("axis", axis, labels))
     q = _tree.widen(labels)
     classes = classes_of(q.shape, layout, q.dtype, None, where)
@@ -132,7 +130,7 @@ class OnlineLabelSmoothing(NamedTuple):
     """The functions of `online_label_smoothing`."""
 
     init: Callable[[], OnlineLabels]
-    loss: Callable[[OnlineLabels, jax.Array, jax.Array], tuple[jax.Array, OnlineLabels]]
+    loss: Callable[..., tuple[jax.Array, OnlineLabels]]
     next_epoch: Callable[[OnlineLabels], OnlineLabels]
 
 
@@ -151,10 +149,11 @@ def online_label_smoothing(
         smoothing: e of the first epoch, a number in [0, 1).
 
     Returns:
-        Three functions: ``init()`` gives the state; ``loss(state, logits, labels)``, of shapes
-        (..., K) and (...), the loss of each example, in float32 at least, and the next state, to
-        which no gradient flows; ``next_epoch(state)`` ends an epoch. All can be jitted. A traced
-        label that is no class gives NaN, and changes no state.
+        Three functions, which can be jitted. ``init()`` gives the state. ``loss(state, logits,
+        labels, reduction="none")``, of shapes (..., K) and (...), gives the loss of each example,
+        or their "mean" or "sum", in float32 at least, and the next state, to which no gradient
+        flows. ``next_epoch(state)`` ends an epoch. A traced label that is no class gives NaN, and
+        changes no state.
 
     Raises:
         ValueError: where an argument is out of its range, or the logits have not K classes.
@@ -180,7 +179,7 @@ def online_label_smoothing(
         return OnlineLabels(soft, zeros, zeros[0])
 
     def loss(
-        state: OnlineLabels, logits: jax.Array, labels: jax.Array
+        state: OnlineLabels, logits: jax.Array, labels: jax.Array, reduction: Reduction = "none"
     ) -> tuple[jax.Array, OnlineLabels]:
         if jnp.shape(logits)[-1:] != (classes,):
             accepted = f"an array of shape (..., {classes})"
@@ -194,7 +193,9 @@ def online_label_smoothing(
         share = jnp.asarray(hard).astype(ordinary.dtype)
         # NaN of a wrong label stays NaN.
         losses = share * ordinary + (1 - share) * softened
-        return losses, _counted(state, jax.lax.stop_gradient(logits), labels)
+        return mean_or_sum(losses, reduction), _counted(
+            state, jax.lax.stop_gradient(logits), labels
+        )
 
     def _counted(state: OnlineLabels, logits: jax.Array, labels: jax.Array) -> OnlineLabels:
         flat, labels = logits.reshape(-1, classes), labels.reshape(-1)

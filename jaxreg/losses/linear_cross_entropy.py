@@ -135,7 +135,7 @@ def _loss(
     dtype = _tree.wide_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
     constants = jax.lax.stop_gradient((class_weights, where))
     classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, *constants)
-    targets, own = index_targets(labels.reshape(-1, 1), classes, chosen)
+    targets, weight = index_targets(labels.reshape(-1, 1), classes, chosen)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if chosen.ignore_index is not None:
         # What an ignored token holds may be NaN, which times 0 is NaN in the kernel's gradient.
@@ -147,9 +147,9 @@ def _loss(
     plan = _Plan(layout, chosen.soft_cap, blocks)
     inputs = _varying(layout, _Inputs(flat, kernel, bias, targets, classes.exist))
     if chosen.reduction == "none":
-        return _one(layout, _each(plan, inputs)).reshape(labels.shape)
-    total = _one(layout, _total(plan, inputs))
-    return total if chosen.reduction == "sum" else total * inverse(jnp.sum(own))
+        return _shared(layout, _each_loss(plan, inputs)).reshape(labels.shape)
+    total = _shared(layout, _sum_of_losses(plan, inputs))
+    return total if chosen.reduction == "sum" else total * inverse(jnp.sum(weight))
 
 
 def _arrays(hidden: Any, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -218,7 +218,7 @@ def _varying(layout: Layout, inputs: _Inputs) -> _Inputs:
     return jax.tree.map(lambda x: norms.varying(x, names), inputs)
 
 
-def _one(layout: Layout, loss: jax.Array) -> jax.Array:
+def _shared(layout: Layout, loss: jax.Array) -> jax.Array:
     """The loss that all devices along the vocabulary's axis have, as one that they share."""
     return layout.added(loss / layout.devices())[0]
 
@@ -227,38 +227,38 @@ def _one(layout: Layout, loss: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(plan: _Plan, inputs: _Inputs) -> jax.Array:
+def _sum_of_losses(plan: _Plan, inputs: _Inputs) -> jax.Array:
     return jnp.sum(_losses(plan, inputs))
 
 
-def _total_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, Any]:
+def _sum_of_losses_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, Any]:
     losses, found = _swept(plan, inputs, jnp.ones_like(inputs.targets.on))
     return jnp.sum(losses), (inputs, found)
 
 
-def _total_backward(plan: _Plan, known: Any, d: jax.Array) -> tuple[_Inputs]:
+def _sum_of_losses_backward(plan: _Plan, known: Any, d: jax.Array) -> tuple[_Inputs]:
     inputs, found = known
     return (_cotangents(inputs, found, d, plan.layout.added(d)[0]),)
 
 
-_total.defvjp(_total_forward, _total_backward)
+_sum_of_losses.defvjp(_sum_of_losses_forward, _sum_of_losses_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each(plan: _Plan, inputs: _Inputs) -> jax.Array:
+def _each_loss(plan: _Plan, inputs: _Inputs) -> jax.Array:
     return _losses(plan, inputs)
 
 
-def _each_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, _Inputs]:
+def _each_loss_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, _Inputs]:
     return _losses(plan, inputs), inputs
 
 
-def _each_backward(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[_Inputs]:
+def _each_loss_backward(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[_Inputs]:
     _, found = _swept(plan, inputs, plan.layout.added(d)[0])
     return (_cotangents(inputs, found, d, jnp.ones((), d.dtype)),)
 
 
-_each.defvjp(_each_forward, _each_backward)
+_each_loss.defvjp(_each_loss_forward, _each_loss_backward)
 
 
 class _Derivatives(NamedTuple):
@@ -284,7 +284,7 @@ def _cotangents(inputs: _Inputs, found: _Derivatives, d: jax.Array, scale: jax.A
         on=d * on,
         off=None if off is None else d * off,
         weights=None,
-        number=None,
+        total=None,
         z=None if targets.z is None else d * z,
     )
     bias = None if inputs.bias is None else by(inputs.bias, found.bias)
@@ -300,7 +300,7 @@ def _losses(plan: _Plan, inputs: _Inputs) -> jax.Array:
 
     def block(carry: None, rows: Any) -> tuple[None, jax.Array]:
         hidden, targets = rows
-        x = _existing(inputs, _capped(plan, inputs, hidden))
+        x = _existing(inputs, _logits(plan, inputs, hidden))
         return carry, index_loss(plan.layout, x, targets)
 
     return _scanned(plan, inputs, block, None)[1]
@@ -313,7 +313,7 @@ def _swept(plan: _Plan, inputs: _Inputs, d: jax.Array) -> tuple[jax.Array, _Deri
 
     def block(sums: Any, rows: Any) -> tuple[Any, Any]:
         hidden, targets, d = rows
-        capped = _capped(plan, inputs, hidden)
+        capped = _logits(plan, inputs, hidden)
         x = _existing(inputs, capped)
         others, row = index_sums(layout, x, targets)
         gradient = d * index_gradient(layout, x, targets, others, row)
@@ -348,7 +348,7 @@ def _scanned(
     count = inputs.hidden.shape[0]
     size = -(-count // plan.blocks)
     targets = inputs.targets
-    figures = targets._replace(weights=None, number=None)  # pyright: ignore[reportArgumentType]
+    figures = targets._replace(weights=None, total=None)  # pyright: ignore[reportArgumentType]
 
     def cut(x: jax.Array) -> jax.Array:
         # Filled with tokens that count for nothing.
@@ -357,7 +357,7 @@ def _scanned(
 
     def body(carry: Any, rows: Any) -> tuple[Any, Any]:
         hidden, figures, *rest = rows
-        own = figures._replace(weights=targets.weights, number=targets.number)
+        own = figures._replace(weights=targets.weights, total=targets.total)
         return block(carry, (hidden, own, *rest))
 
     # For derivatives of derivatives: blocks are made again, not kept.
@@ -368,7 +368,7 @@ def _scanned(
     return carry, jax.tree.map(whole, found)
 
 
-def _capped(plan: _Plan, inputs: _Inputs, hidden: jax.Array) -> jax.Array:
+def _logits(plan: _Plan, inputs: _Inputs, hidden: jax.Array) -> jax.Array:
     """The logits of a block of tokens, in float32 at least."""
     dtype = inputs.targets.on.dtype
     x = product(hidden, inputs.kernel, (1, 0), dtype)

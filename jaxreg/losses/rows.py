@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         """How many hold a part of the classes each."""
         return 1 if self.axis_name is None else jax.lax.psum(1, self.axis_name)
 
-    def own(self, labels: jax.Array, count: int) -> jax.Array:
+    def local_labels(self, labels: jax.Array, count: int) -> jax.Array:
         """Labels out of `count`, counted from the device's first class."""
         if self.axis_name is None:
             return labels
@@ -80,7 +80,7 @@ class IndexTargets(NamedTuple):
         on: what the label has beside its share of `off`; NaN where it is no class.
         off: what every class has, times its weight; None for nothing, at no cost.
         weights: w, which broadcast with the logits; None for 1.
-        number: the sum of w over all classes.
+        total: the sum of w over all classes.
         z: the coefficient of the z-loss; None for none, at no cost.
     """
 
@@ -88,7 +88,7 @@ class IndexTargets(NamedTuple):
     on: jax.Array
     off: jax.Array | None
     weights: jax.Array | None
-    number: jax.Array
+    total: jax.Array
     z: jax.Array | None
 
     def counts(self) -> jax.Array:
@@ -119,7 +119,7 @@ class Sums(NamedTuple):
     def parts(self, targets: IndexTargets) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """What on, off and z are the factors of."""
         log_sum = self.log_sum()
-        every = None if self.away is None else times(targets.number, log_sum) + self.away
+        every = None if self.away is None else times(targets.total, log_sum) + self.away
         return self.largest - self.at_label + log_sum, every, jnp.square(self.largest + log_sum)
 
 
@@ -181,8 +181,8 @@ def _(layout: Layout, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     for factor, part in ((d.on, label), (d.off, every), (d.z, square)):
         if _moves(factor) and part is not None:
             tangent += factor * _finite(part)
-    if targets.off is not None and _moves(d.number):
-        tangent += d.number * (targets.off * _finite(row.log_sum()))
+    if targets.off is not None and _moves(d.total):
+        tangent += d.total * (targets.off * _finite(row.log_sum()))
     if targets.off is not None and _moves(d.weights):
         losses = targets.off * _finite(row.largest - x)
         tangent += layout.added(layout.sum(d.weights * losses))[0]
@@ -194,23 +194,23 @@ def index_gradient(
     layout: Layout, x: jax.Array, targets: IndexTargets, others: jax.Array, row: Sums
 ) -> jax.Array:
     """dL/dx of the exponentials and sums of `index_sums`; differentiable, to any order."""
-    labels, on, off, weights, number, z = targets
+    labels, on, off, weights, total, z = targets
     at = jnp.exp(row.at_label - row.largest)
-    rest = 1 / (at + row.others)
-    p_label, p_others = at * rest, row.others * rest
+    inverse = 1 / (at + row.others)
+    p_label, p_others = at * inverse, row.others * inverse
     # All of a row has the same factor of p but its label, where the two terms cancel.
     factor, share, at_label = on, 0, -on * p_others
     if off is not None:
         own = jnp.ones_like(on) if weights is None else layout.at_label(weights, labels)
-        factor += off * number
+        factor += off * total
         share = off if weights is None else off * weights
-        at_label += off * ((number - own) * p_label - own * p_others)
+        at_label += off * ((total - own) * p_label - own * p_others)
     if z is not None:
         push = 2 * z * (row.largest + row.log_sum())
         factor += push
         at_label += push * p_label
     is_label = layout.is_label(x, labels)
-    gradient = jnp.where(is_label, at_label, others * (rest * factor) - share)
+    gradient = jnp.where(is_label, at_label, others * (inverse * factor) - share)
     return jnp.where(targets.counts(), gradient, 0)
 
 
@@ -219,28 +219,28 @@ def _(layout: Layout, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     (x, targets, *known), (dx, d, *_) = primals, tangents
     is_label = layout.is_label(x, targets.labels).astype(x.dtype)
 
-    def plain(x: jax.Array, on: Any, off: Any, weights: Any, number: Any, z: Any) -> jax.Array:
+    def plain(x: jax.Array, on: Any, off: Any, weights: Any, total: Any, z: Any) -> jax.Array:
         x = jnp.where(targets.counts(), x, 0)
-        v, total = on * is_label, on
+        v, factor = on * is_label, on
         if off is not None:
             v = v + (off if weights is None else off * weights)
-            total = on + off * number
-        return _plain_gradient(layout, x, v, total, z)
+            factor = on + off * total
+        return _plain_gradient(layout, x, v, factor, z)
 
     _, change = jax.jvp(plain, (x, *targets[1:]), (dx, *d[1:]))
     return index_gradient(layout, x, targets, *known), jnp.where(targets.counts(), change, 0)
 
 
 def _plain_gradient(
-    layout: Layout, x: jax.Array, v: jax.Array, total: jax.Array, z: Any
+    layout: Layout, x: jax.Array, v: jax.Array, factor: jax.Array, z: Any
 ) -> jax.Array:
     """dL/dx by the formula, for its own derivatives."""
     largest = layout.largest(x)
     e = jnp.exp(x - largest)
     (s,) = layout.added(layout.sum(e))
     if z is not None:
-        total = total + 2 * z * (largest + jnp.log(s))
-    return e / s * total - v
+        factor = factor + 2 * z * (largest + jnp.log(s))
+    return e / s * factor - v
 
 
 # Any distribution v -------------------------------------------------------------------------------
@@ -286,10 +286,10 @@ def _(layout: Layout, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _soft_gradient(layout: Layout, x: jax.Array, v: jax.Array, z: Any, known: Any) -> jax.Array:
     others, largest, less, log_sum = known
-    rest = 1 / (1 + less)
+    inverse = 1 / (1 + less)
     is_largest = x == largest
-    p = jnp.where(is_largest, 1, others) * rest
-    falls = less * rest  # 1 - p of the largest, of which no digit is lost
+    p = jnp.where(is_largest, 1, others) * inverse
+    falls = less * inverse  # 1 - p of the largest, of which no digit is lost
     # Of the largest all other classes' weights: their own sum loses no digit to a weight near 1.
     rest_of, largest_of = (layout.sum(jnp.where(mask, v, 0)) for mask in (~is_largest, is_largest))
     total = rest_of + jnp.where(is_largest, largest_of - v, largest_of)

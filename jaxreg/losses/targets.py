@@ -72,7 +72,7 @@ class Classes(NamedTuple):
     total: jax.Array
     exist: jax.Array | None
 
-    def at(self, labels: jax.Array, figures: jax.Array) -> jax.Array:
+    def at_labels(self, labels: jax.Array, figures: jax.Array) -> jax.Array:
         """Figures of the classes at labels, which are counted from a device's first class."""
         return self.layout.added(self.layout.at_label(figures, labels))[0]
 
@@ -94,7 +94,8 @@ def classes_of(
         weights = jnp.asarray(class_weights).astype(dtype).reshape(along)
     shares = weights
     if where is not None:
-        exist = _exist(where, shape, along)
+        exist = existing(where, shape)
+        exist = jnp.broadcast_to(exist, np.broadcast_shapes(exist.shape, along))
         shares = exist.astype(dtype)
         (number,) = layout.added(layout.sum(shares))
         shares = shares if weights is None else shares * weights
@@ -103,14 +104,24 @@ def classes_of(
     return Classes(layout, size, number, weights, shares, total, exist)
 
 
-def _exist(where: Any, shape: tuple[int, ...], along: tuple[int, ...]) -> jax.Array:
+def existing(where: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Bools that broadcast to a shape, of its rank."""
     exist = jnp.asarray(where)
-    own = (1,) * (len(shape) - exist.ndim) + exist.shape
-    fits = len(own) == len(shape) and all(n in (1, m) for n, m in zip(own, shape, strict=True))
+    padded = (1,) * (len(shape) - exist.ndim) + exist.shape
+    pairs = zip(padded, shape, strict=False)
+    fits = len(padded) == len(shape) and all(n in (1, m) for n, m in pairs)
     if exist.dtype != bool or not fits:
         accepted = f"bools that broadcast to the shape of the logits, {shape}"
         raise _check.ArgumentError("where", _check.describe(where), accepted)
-    return jnp.broadcast_to(exist.reshape(own), np.broadcast_shapes(own, along))
+    return exist.reshape(padded)
+
+
+def floating(name: str, x: Any, accepted: str, rank: int = 0) -> jax.Array:
+    """A real floating array of a rank at least."""
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < rank:
+        raise _check.ArgumentError(name, _check.describe(x), accepted)
+    return array
 
 
 def class_labels(
@@ -155,9 +166,11 @@ def index_targets(
         counts = (labels != options.ignore_index).astype(dtype)
         labels = jnp.where(labels == options.ignore_index, 0, labels)
     is_class = (labels >= 0) & (labels < classes.size)
-    labels = classes.layout.own(labels, classes.size)
-    own = counts if classes.weights is None else counts * classes.at(labels, classes.weights)
-    on, off, z = jnp.where(is_class, own, jnp.nan), None, None
+    labels = classes.layout.local_labels(labels, classes.size)
+    weight = counts
+    if classes.weights is not None:
+        weight = counts * classes.at_labels(labels, classes.weights)
+    on, off, z = jnp.where(is_class, weight, jnp.nan), None, None
     if not _is_zero(options.smoothing):
         e = jnp.asarray(options.smoothing).astype(dtype)
         if options.spread == "uniform":
@@ -165,11 +178,13 @@ def index_targets(
         else:
             e, others = _of_others(e, classes)
             off = counts * (e / others)
-            back = off if classes.shares is None else off * classes.at(labels, classes.shares)
+            back = (
+                off if classes.shares is None else off * classes.at_labels(labels, classes.shares)
+            )
             on = on * (1 - e) - back
     if not _is_zero(options.z_loss):
         z = counts * jnp.asarray(options.z_loss).astype(dtype)
-    return IndexTargets(labels, on, off, classes.shares, classes.total, z), own
+    return IndexTargets(labels, on, off, classes.shares, classes.total, z), weight
 
 
 def _share(e: jax.Array, classes: Classes) -> jax.Array:
@@ -190,9 +205,9 @@ def soft_targets(
     dtype = classes.number.dtype
     weigh = lambda v, w: v if w is None else v * w  # noqa: E731
     v = weigh(q, classes.weights)
-    own = ones = jnp.ones_like(classes.layout.sum(q))
+    weight = ones = jnp.ones_like(classes.layout.sum(q))
     if classes.weights is not None:
-        own = classes.layout.sum(v)
+        weight = classes.layout.sum(v)
     if not _is_zero(options.smoothing):
         e = jnp.asarray(options.smoothing).astype(dtype)
         if options.spread == "uniform":
@@ -202,16 +217,16 @@ def soft_targets(
             share = e * (1 - q) / others
         v = (1 - e) * v + weigh(share, classes.shares)
     z = None if _is_zero(options.z_loss) else ones * jnp.asarray(options.z_loss).astype(dtype)
-    return v, z, own
+    return v, z, weight
 
 
-def reduced(losses: jax.Array, own: jax.Array, classes: Classes, options: Options) -> jax.Array:
-    """The losses of rows that count `own` times, reduced."""
+def reduced(losses: jax.Array, weight: jax.Array, classes: Classes, options: Options) -> jax.Array:
+    """The losses of rows that count `weight` times, reduced."""
     if options.reduction == "none":
         return jnp.squeeze(losses, classes.layout.axis)
     if options.reduction == "sum":
         return jnp.sum(losses)
-    return jnp.sum(losses) * inverse(jnp.sum(own))
+    return jnp.sum(losses) * inverse(jnp.sum(weight))
 
 
 def mean_or_sum(

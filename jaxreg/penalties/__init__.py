@@ -12,7 +12,7 @@ from jaxreg.penalties.norms import ExclusiveLasso, LInf
 from jaxreg.penalties.ordered import SortedL1
 from jaxreg.penalties.overlapping import OverlappingGroupLasso
 from jaxreg.penalties.separable import L1, L2, ElasticNet, Huber, NonNegativeL1
-from jaxreg.penalties.values import activity_penalty, penalty_value
+from jaxreg.penalties.values import penalty_value
 from jaxreg.penalties.variation import FusedLasso, TotalVariation
 from jaxreg.penalties.variation2d import TotalVariation2D
 
@@ -58,6 +58,5 @@ __all__ = [
     "TotalVariation",
     "TotalVariation2D",
     "UnitNorm",
-    "activity_penalty",
     "penalty_value",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _check, _tree
+from jaxreg import _tree
 from jaxreg import where as _where
 from jaxreg.penalties.base import Penalty
 from jaxreg.penalties.placement import as_penalties, places
@@ -48,34 +48,3 @@ def penalty_value(
         values += [place.penalty.value(place.of(leaves)) for place in places([part], params)]
     dtype = _tree.widest_dtype(values)
     return sum((value.astype(dtype) for value in values), jnp.zeros((), dtype))
-
-
-def activity_penalty(activations: Any, penalty: Penalty) -> jax.Array:
-    r"""$R(a_i)$ of each example's activations, to be added to its loss.
-
-    With `L1` it is the sparse coding of hidden units; Keras' ``ActivityRegularization(l1, l2)`` is
-    the mean over the batch with ``ElasticNet(l1, 2 * l2)``, whose L2 part is half of the square.
-
-    Args:
-        activations: a real floating array of shape (B, ...).
-        penalty: a penalty of arrays of the shape of one example's.
-
-    Returns:
-        Shape (B,); float32 (float64 for 64-bit activations).
-
-    Raises:
-        ValueError: where the activations have no batch axis, or do not fit the penalty.
-
-    >>> import jax.numpy as jnp, jaxreg
-    >>> activations = jnp.array([[1.0, -2.0], [0.0, 3.0]])
-    >>> jaxreg.activity_penalty(activations, jaxreg.L1(0.5)).tolist()
-    [1.5, 1.5]
-    """
-    if not isinstance(penalty, Penalty):
-        raise _check.ArgumentError("penalty", _check.describe(penalty), "a jaxreg penalty")
-    activations = jnp.asarray(activations)
-    if activations.ndim == 0:
-        accepted = "an array of shape (B, ...)"
-        raise _check.ArgumentError("activations", _check.describe(activations), accepted)
-    with _check.of_argument("activations"):
-        return jax.vmap(penalty.value)(activations)
