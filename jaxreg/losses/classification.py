@@ -117,8 +117,8 @@ def focal_loss(
     options = {"ignore_index": ignore_index, "where": where, "axis": axis}
     nll = _nll(labels, logits, **options)
     weighted = nll
-    if class_weights is not None:
-        classes = _classes(logits, axis, nll.dtype, class_weights=class_weights)
+    classes = _classes(logits, axis, nll.dtype, class_weights)
+    if classes.weights is not None:
         each = classes.at_labels(jnp.expand_dims(jnp.asarray(labels), axis), classes.weights)
         weighted = times(jnp.squeeze(each, axis), nll)
     falls = -jnp.expm1(-nll)  # 1 - p, of which a derivative loses no digit
