@@ -96,8 +96,10 @@ def decays_table(sizes: step.Sizes) -> timing.Table:
         "Gradients given, buffers donated; the ratio is to the first row. Least: the bytes a "
         "parameter without which it can't be done, 28 for AdamW. constrained_decay has the norm of "
         "the weights after the step before it decays them, which are read and written once more "
-        "(8); hyperball that of the direction before, too (16). Bytes are XLA's own count; temp is "
-        "what it allocates besides.",
+        "(8); hyperball that of the direction before, too (16). Bytes are XLA's count; on a CPU "
+        "there is a loop for each array that is written: l2_decay reads the weights for both "
+        "moments there, and watch reads them and the step for each of its sums. temp is what it "
+        "allocates besides.",
         (
             *("optimizer", "ms", "IQR ms", "ratio", "least bytes a parameter"),
             *("bytes a parameter", "temp bytes a parameter", "fusions"),

@@ -83,6 +83,7 @@ def main() -> None:
     """Runs the benchmark, prints the tables and writes them down."""
     options = timing.parser("What do the losses cost, in time and memory?")
     makers: dict[str, Callable[[Sizes], timing.Table]] = {
+        FRESH: lambda sizes: dense_table(sizes, jnp.float32, backward=True, fresh=True),
         "dense-float32": lambda sizes: dense_table(sizes, jnp.float32, backward=True),
         "dense-bfloat16": lambda sizes: dense_table(sizes, jnp.bfloat16, backward=True),
         "forward-float32": lambda sizes: dense_table(sizes, jnp.float32, backward=False),
@@ -97,11 +98,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Before JAX takes most of a GPU's memory, of which torch needs its part.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    peers.keep_freed_memory()
     if step.in_torch():
         importlib.import_module("torch").set_num_threads(os.cpu_count() or 1)
     full = FULL_ON_CPU if jax.default_backend() == "cpu" else FULL
-    tables = [makers[name](QUICK if arguments.quick else full) for name in arguments.tables]
+    tables = []
+    # The one with fresh pages first: the setting of all others stays.
+    for name in sorted(arguments.tables, key=lambda name: name != FRESH):
+        if name != FRESH:
+            peers.keep_freed_memory()
+        tables.append(makers[name](QUICK if arguments.quick else full))
     title = "What the losses cost, in time and memory"
     timing.report(f"losses-{jax.devices()[0].platform}", title, tables, arguments)
 
@@ -152,6 +157,7 @@ def plain_loss(x: jax.Array, y: Targets) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(x, -1) - kept)
 
 
+FRESH = "dense-float32-fresh"
 OPTAX, TORCH, EXPONENTIALS = "optax smooth_labels", "torch", "exp(x - m)"
 LOSSES: Mapping[str, Loss] = {
     OPTAX: optax_loss,
@@ -230,8 +236,8 @@ def torch_call(loss: Callable[..., Any], *arrays: Any, backward: bool) -> Callab
 # --- Dense logits --------------------------------------------------------------------------------
 
 
-def dense_table(sizes: Sizes, dtype: Any, *, backward: bool) -> timing.Table:
-    """All losses of given logits, with their gradient or without."""
+def dense_table(sizes: Sizes, dtype: Any, *, backward: bool, fresh: bool = False) -> timing.Table:
+    """All losses of given logits, with their gradient or without; where memory is fresh or kept."""
     rows, classes = sizes.dense
     x = (SCALE * jax.random.normal(jax.random.key(0), sizes.dense)).astype(dtype)
     y = targets(rows, classes)
@@ -259,16 +265,23 @@ def dense_table(sizes: Sizes, dtype: Any, *, backward: bool) -> timing.Table:
         if backward
         else "as large as the logits, which the loss alone does not need, so that less is possible"
     )
+    memory = (
+        "Memory as glibc gives it: an array of this size has fresh pages in each call, of which "
+        "temporaries take more."
+        if fresh
+        else "glibc keeps freed memory, for all: no one pays for fresh pages."
+    )
+    name = FRESH if fresh else f"{'dense' if backward else 'forward'}-{label}"
+    title = f"{kind}: {rows:,} x {classes:,} {label} logits{', in fresh memory' if fresh else ''}"
     return timing.Table(
-        f"{'dense' if backward else 'forward'}-{label}",
-        f"{kind}: {rows:,} x {classes:,} {label} logits",
+        name,
+        title,
         f"The mean over rows, smoothing {SMOOTHING}. Ratios are of times, to optax and to torch. "
         f"Limit: the time of {EXPONENTIALS}, m being the rows' largest logits that it is given, in "
         "percent of the loss's own. It reads the logits, takes one exponential of each in float32 "
         f"and writes an array {write}. Temp: what XLA allocates besides arguments and results. "
         "Logits of 16 bits are cast to float32 for optax and plain JAX, as is usual; jaxreg and "
-        "torch get them as they are. glibc keeps freed memory, for all: "
-        f"no one pays for fresh pages.{step.torch_note()}",
+        f"torch get them as they are. {memory}{step.torch_note()}",
         ("loss", "ms", "IQR ms", "to optax", "to torch", "limit %", "temp bytes a logit"),
         found,
     )

@@ -23,7 +23,7 @@ Mix = dict[str, Any]
 Step = tuple[Mix, Mix]
 Sequences = Mapping[Any, Sequence[Step]]
 
-MEMORY = 3 * 2**27  # bytes of probes at a time
+MEMORY = 2**30  # bytes of probes at a time
 COPIES = 8  # trees of the weights' size that one probe of an optimizer takes
 LANES = 16
 SAMPLES = 2**16  # entries that are looked at, of all leaves: 32 to 256 of each
@@ -171,10 +171,15 @@ class Prober:
         """Sums of patterns as a tree, a lane for each; whole numbers and keys keep their value."""
         mixed = np.empty((len(mixes), sum(self.sizes)), self.patterns["r"].dtype)
         for lane, mix in zip(mixed, mixes, strict=True):
-            lane[:] = 0
-            for name, factor in mix.items():
+            if not mix:
+                lane[:] = 0
+            for i, (name, factor) in enumerate(mix.items()):
                 each = np.asarray(factor, np.float32)
-                lane += self.patterns[name] * (np.repeat(each, self.sizes) if each.ndim else each)
+                each = np.repeat(each, self.sizes) if each.ndim else each
+                if i == 0:
+                    np.multiply(self.patterns[name], each, out=lane)
+                else:
+                    lane += self.patterns[name] * each
         leaves = []
         for i, (leaf, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             shape = (len(mixes), *leaf.shape)

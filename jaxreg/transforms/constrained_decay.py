@@ -155,8 +155,9 @@ def constrained_decay(
         decay = jnp.where(turns, 1 - to_bound, 2 * multiplier)
         multiplier = jnp.where(turns, 0, multiplier)
         for k, i in enumerate(chosen):
-            wide = _tree.wide_dtype(moves[i].dtype)
-            step = moves[i].astype(wide) - decay[k].astype(wide) * after[k].astype(wide)
+            # From the weights after the step, not from the step: XLA keeps only these until the
+            # norms are known.
+            step = after[k] - _tree.widen(leaves[i]) - decay[k].astype(after[k].dtype) * after[k]
             moves[i] = step.astype(moves[i].dtype)
         count = stepped(state.count)
         bound, average, growth = _next_bound(state, squares, count)

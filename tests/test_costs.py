@@ -1,4 +1,4 @@
-"""What clips cost: XLA's own counts of bytes, of temporary memory and of fusions in a step."""
+"""What clips and decays cost: XLA's counts of bytes, temporary memory and fusions in a step."""
 
 from typing import NamedTuple
 
@@ -130,3 +130,25 @@ def test_decay_l2_and_a_penalty_are_fused_into_the_step(depth):
         found = cost(jaxreg.regularize(direction, 1e-3, clip=1.0, **parts), depth=depth)
         assert found.fusions <= alone.fusions + len(parts)
         assert found.temporary < 0.2
+
+
+DECAYS = {  # bytes a parameter beside AdamW's 40, and temporary memory
+    "independent": (jaxreg.weight_decay(0.01, rate=1.0), 0, 0),
+    "cautious": (jaxreg.weight_decay(0.01, gate="cautious"), 0, 0),
+    "huber": (jaxreg.weight_decay(0.01, profile="huber"), 0, 0),
+    "l1": (jaxreg.weight_decay(0.01, profile="l1"), 0, 0),
+    "toward init": (jaxreg.weight_decay(0.01, toward="init"), 4, 0),
+    # Written and read, and read once more as XLA makes a loop for each array that it writes.
+    "toward ema": (jaxreg.weight_decay(0.01, toward=jaxreg.ema(0.9)), 16, 0),
+    # The weights after the step are written, and read for their norm and for the update.
+    "constrained": (jaxreg.constrained_decay(), 16, 4),
+}
+
+
+@new_enough
+@pytest.mark.parametrize("name", DECAYS)
+def test_a_decay_costs_the_bytes_that_it_needs(name):
+    decay, more, temporary = DECAYS[name]
+    found = cost(jaxreg.regularize(optax.scale_by_adam(), 1e-3, decay=decay))
+    assert 39.5 < found.bytes - more < 40.3
+    assert found.temporary < temporary + 0.2
