@@ -10,8 +10,6 @@ from errors import message
 
 import jaxreg
 
-pytestmark = pytest.mark.core
-
 RNG = np.random.default_rng(0)
 # A calm start, spikes, silence, and a lasting change of scale.
 SCALES = [1, 1.2, 0.8, 1.1, 30, 0.9, 0, 1.3, 4, 4, 4, 50, 3, 5, 1e-3, 1]

@@ -9,8 +9,6 @@ import pytest
 import jaxreg
 from jaxreg import where
 
-pytestmark = pytest.mark.core
-
 PARAMS = {"layer": {"kernel": jnp.array([[0.0, 2.0], [1.0, 0.0]]), "bias": jnp.array([1.0, 1.0])}}
 GRADS = {"layer": {"kernel": jnp.array([[4.0, -1.0], [2.0, 0.5]]), "bias": jnp.array([0.0, 4.0])}}
 

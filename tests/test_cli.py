@@ -298,6 +298,7 @@ def test_a_comparison_gives_a_table_a_verdict_and_a_report(run, place):
     assert min(zeros[1]) > 0.05
 
 
+@pytest.mark.thorough
 def test_own_images_can_be_compared_with_a_cnn(run, place):
     command = ["compare", "--data", "images.npz", "--model", "cnn", "--batch-size", "1000"]
     assert run(*command, "--recipes", "none", "--epochs", "1", "--seeds", "1").status == 0
@@ -305,6 +306,7 @@ def test_own_images_can_be_compared_with_a_cnn(run, place):
     assert results()["model"]["description"] == "conv 16, 32; dense 32-3"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -466,6 +468,7 @@ def test_ctrl_c_before_the_recipes_start_is_one_line(run, place, monkeypatch):
     assert run(*SMALL) == (130, "", "jaxreg: interrupted; nothing was written\n")
 
 
+@pytest.mark.thorough
 def test_ctrl_c_leaves_the_finished_recipes_on_disk(place):
     command = [sys.executable, "-m", "jaxreg", *OWN, "--recipes", "none", "l2", "l1_prox"]
     pipe = subprocess.PIPE

@@ -10,8 +10,6 @@ from errors import message
 
 import jaxreg
 
-pytestmark = pytest.mark.core
-
 
 @every_clip
 def test_a_penalty_follows_the_coefficient_of_an_active_clip(name):

@@ -10,8 +10,6 @@ from clips import CLIPS, GOOD, every_clip, run
 
 import jaxreg
 
-pytestmark = pytest.mark.core
-
 OF_ALL = ("clip_by_global_norm", "autoclip", "zclip")
 every_bad = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 

@@ -187,6 +187,7 @@ def test_an_axis_keeps_one_index():
     assert small.model["first"].shape == (3, 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_the_models_of_this_library_shrink_after_training_with_a_group_penalty(kind):
     rngs = nnx.Rngs(0)

@@ -10,8 +10,6 @@ import pytest
 import jaxreg
 from jaxreg import where
 
-pytestmark = pytest.mark.core
-
 PARAMS = {"dense": {"kernel": jnp.array([[2.0, -4.0]]), "bias": jnp.array([3.0, 3.0])}}
 GRADS = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), PARAMS)
 LR = 0.01

@@ -13,8 +13,6 @@ import pytest
 
 import jaxreg
 
-pytestmark = pytest.mark.core
-
 
 def train(optimizers, gradient, start, inputs, watch=lambda w: w):
     """What `watch(w)` gives after each step, by the optimizer's name, in one loop.

@@ -10,8 +10,6 @@ import pytest
 import jaxreg
 from jaxreg._roots import cube_root
 
-pytestmark = pytest.mark.core
-
 RNG = np.random.default_rng(0)
 START = RNG.normal(size=(3, 2))
 GRADIENTS = RNG.normal(size=(6, 3, 2))

@@ -275,6 +275,7 @@ DIRECTIONS: dict[str, tuple[optax.GradientTransformation, float, dict[str, Probl
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("direction", "peak", "problem"),
     [

@@ -10,8 +10,6 @@ import pytest
 import jaxreg
 from jaxreg import groups
 
-pytestmark = pytest.mark.core
-
 
 def labels_of(rule: groups.Groups, shape: tuple[int, ...]) -> np.ndarray:
     """The number of each coordinate's group, read off through the public methods."""
@@ -106,6 +104,7 @@ def test_weights_are_the_root_of_the_size_by_default():
     assert jaxreg.GroupLasso(1.0, groups=1, weights=3.0).value(jnp.ones((2, 1))) == 6.0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make",
     [

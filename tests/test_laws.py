@@ -19,14 +19,19 @@ from scipy.optimize import minimize, minimize_scalar
 
 import jaxreg
 
-pytestmark = pytest.mark.core
+EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
-every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+def every(law):
+    """For each regularizer, on all versions."""
+    return pytest.mark.core(EVERY(law))
+
+
 every_penalty = pytest.mark.parametrize("case", PENALTIES, ids=lambda case: case.name)
 every_transform = pytest.mark.parametrize("case", TRANSFORMS, ids=lambda case: case.name)
 
 STEPS = (0.0, 0.1, 1.0, 30.0)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=15, deadline=None)
 
 
 def points() -> st.SearchStrategy[np.ndarray]:
@@ -95,6 +100,7 @@ def test_gradients_are_finite_at_zero_and_elsewhere(case: Case):
 OURS = [case for case in CASES if not case.holds_optax]
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
@@ -110,6 +116,7 @@ ROUNDED = ("dropout", "prox_adam", "prox_adamw", "regularize", "stochastic_round
 EXACT = [case for case in CASES if case.name not in ROUNDED]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_small_dtypes_agree_with_float64(case: Case, dtype, x64):
@@ -416,6 +423,7 @@ def test_the_derivative_of_the_prox_is_right(case: PenaltyCase, x64):
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.thorough
 @every_penalty
 def test_the_second_derivative_of_the_prox_is_right(case: PenaltyCase, x64):
     # The latent norm's solver carries first derivatives only, as its docstring says.
@@ -435,6 +443,7 @@ def test_the_second_derivative_of_the_prox_is_right(case: PenaltyCase, x64):
         np.testing.assert_allclose(jax.grad(slope)(0.0), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 @every_penalty
 def test_gradients_are_finite_at_kinks_ties_and_empty_arrays(case: PenaltyCase):
     def total(strength, x):

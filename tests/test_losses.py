@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import jaxreg
 
-pytestmark = pytest.mark.core
 few = settings(
     max_examples=15,
     deadline=None,

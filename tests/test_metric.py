@@ -11,8 +11,6 @@ import jaxreg
 from jaxreg import metric
 from jaxreg.transforms.reading import read
 
-pytestmark = pytest.mark.core
-
 PARAMS = {
     "a": {"kernel": jnp.array([[2.0, -0.5], [1.0, 0.25]]), "bias": jnp.array([3.0, 0.01])},
     "b": jnp.array([0.5, -4.0, 1.0]),

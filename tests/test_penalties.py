@@ -14,8 +14,6 @@ import pytest
 import jaxreg
 from jaxreg import groups, where
 
-pytestmark = pytest.mark.core
-
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), True, "0.1", None, [0.1, -0.2]])
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ import pytest
 import jaxreg
 from jaxreg import metric
 
-pytestmark = pytest.mark.core
-
 PARAMS = {"dense": {"kernel": jnp.array([[2.0, -0.01]]), "bias": jnp.array([3.0, 0.01])}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
 

@@ -10,8 +10,6 @@ from sklearn.datasets import load_digits
 
 import jaxreg
 
-pytestmark = pytest.mark.core
-
 RNG = np.random.default_rng(0)
 PARAMS = {
     "large": {"kernel": jnp.asarray(RNG.normal(size=(100, 80)), jnp.float32), "bias": jnp.ones(80)},
@@ -214,6 +212,7 @@ def train(tx, loss, steps, batch=64):
     return params, state, np.asarray(zeros)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize(
     "make",
