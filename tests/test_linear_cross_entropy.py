@@ -66,7 +66,7 @@ def test_value_and_gradient_are_those_of_the_logits(options, reduction, biased, 
     numbers = (1, 2, 3) if biased else (1, 2)
     both = jax.value_and_grad(total, numbers)
     expected = both(with_logits, hidden, kernel, bias)
-    for size in (None, 1, 5, 13):
+    for size in (None, 1, 5):
         found = both(linear, hidden, kernel, bias, block_size=size)
         chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-13)
 
