@@ -36,10 +36,19 @@ def keep_freed_memory() -> None:
     Otherwise fresh pages cost ten times what an elementwise kernel does, and how often they are
     needed depends on what ran before.
     """
+    _mallopt({-8: 1, -4: 0, -1: -1})  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+
+
+def give_back_freed_memory() -> None:
+    """Makes glibc give large arrays back at once, as it does by itself."""
+    _mallopt({-4: 2**16, -1: 2**17, -3: 2**17})  # -3: M_MMAP_THRESHOLD
+
+
+def _mallopt(options: dict[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in {-8: 1, -4: 0, -1: -1}.items():
-            mallopt(option, value)  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 class _Library:
