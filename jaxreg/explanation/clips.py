@@ -13,7 +13,7 @@ from jaxreg.explanation.probing import Probed, Prober
 from jaxreg.explanation.unclipped import depends_on_others, saturates
 
 TOP = 8  # scales that are tried
-POINTS, ROUNDS = 9, 3  # of the search for a threshold
+POINTS, ROUNDS = 7, 4  # of the search for a threshold
 WARM_UP = 32  # steps until those who compare with gradients before have seen some
 MEASURED = 1e-3  # how exact thresholds are, relative
 FAR = 300.0  # times the gradient before: a spike
@@ -131,15 +131,17 @@ class Clips:
         # The pattern "r" is of sizes 1/2 to 2.
         low, high = low / 4, low * self.ratio * 4
         second = ({"r2": np.sqrt(low * high)}, own)
-        top = self.prober.run({"top": [({"sign": high * self.ratio}, own), second]})["top"]
+        top = {"top": [({"sign": high * self.ratio}, own), second]}
         exact = np.full(len(low), np.nan)
         for number in range(ROUNDS):
             # The first of them lies below `low`, so that there are two below any threshold.
             steps = (np.arange(POINTS)[:, None] - 1) / (POINTS - 2)
             grid = low * (high / low) ** steps
-            out = self.prober.run({i: [({"sign": s}, own), second] for i, s in enumerate(grid)})
+            # With the top one, as many as are tried at a time.
+            runs = {i: [({"sign": s}, own), second] for i, s in enumerate(grid)}
+            out = self.prober.run(runs | top)
             for leaf in clipped:
-                far = [self._distance(out[i], top, leaf) for i in range(POINTS)]
+                far = [self._distance(out[i], out["top"], leaf) for i in range(POINTS)]
                 acts = [x <= max(self.tol[leaf], 1e-4) for x in far]
                 i = int(np.clip([*acts, True].index(True) - 1, 1, POINTS - 2))
                 if number == last:

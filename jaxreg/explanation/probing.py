@@ -20,6 +20,7 @@ from jaxreg.explanation.running import Runner
 
 Mix = dict[str, Any]
 """Factors of patterns: a number, or one for each leaf."""
+OWN: Mix = {"own": 1.0}
 Step = tuple[Mix, Mix]
 Sequences = Mapping[Any, Sequence[Step]]
 
@@ -57,6 +58,7 @@ class Prober:
         self.sizes = [math.prod(leaf.shape) if yes else 0 for leaf, yes in pairs]
         self.ends = np.cumsum(self.sizes)
         self.patterns = self._patterns()
+        self.own: tuple[Any, list[np.ndarray]] | None = None
         self.scales = [_scale(x) for x in self.each("own")]
         own = self._tree([{"own": 1.0}])
         self.chosen = [self._chosen(size) for size in self.sizes]
@@ -130,14 +132,25 @@ class Prober:
     def _run(self, sequences: list[Sequence[Step]], state: Any) -> tuple[list[Any], list[Any]]:
         seen_weights, seen_updates = [], []
         for steps in zip(*sequences, strict=True):
-            grads, weights = (self._tree([step[part] for step in steps]) for part in (0, 1))
+            grads = self._tree([step[0] for step in steps])
+            weights, entries = self._weights([step[1] for step in steps])
             updates = None
             for _ in range(self.calls):
                 updates, state = self._update(grads, state, weights)
-            seen_weights.append(self._sampled(weights))
+            seen_weights.append(entries)
             seen_updates.append(self._sampled(updates))
             del grads, weights, updates  # before the next ones are made
         return seen_weights, seen_updates
+
+    def _weights(self, mixes: list[Mix]) -> tuple[Any, list[np.ndarray]]:
+        """Weights, and their entries that are looked at; the own ones, of most probes, are kept."""
+        if mixes != [OWN] * self.lanes:
+            weights = self._tree(mixes)
+            return weights, self._sampled(weights)
+        if self.own is None:
+            own = jax.tree.map(jnp.asarray, self._tree(mixes))
+            self.own = own, self._sampled(own)
+        return self.own
 
     def _update(self, *args: Any) -> tuple[Any, Any]:
         """Updates and states, of gradients, states and weights with one lane for each probe."""
