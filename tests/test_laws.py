@@ -31,7 +31,7 @@ every_penalty = pytest.mark.parametrize("case", PENALTIES, ids=lambda case: case
 every_transform = pytest.mark.parametrize("case", TRANSFORMS, ids=lambda case: case.name)
 
 STEPS = (0.0, 0.1, 1.0, 30.0)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 def points() -> st.SearchStrategy[np.ndarray]:
