@@ -114,7 +114,8 @@ class Clips:
             return Clip("none"), 0
         if all(same):
             self.blind.add(leaf)
-            alike = self._same(out["at", 0], base, leaf)
+            # The norm of one entry is its size: a clip behind a division by it would not show.
+            alike = self.prober.sizes[leaf] > 1 and self._same(out["at", 0], base, leaf)
             return Clip("none" if alike else "unknown"), 0
         first = max(i for i in range(last + 1) if not same[i]) + 1
         if first >= 2 and 0.3 < far[first - 2] / (far[first - 1] * self.ratio) < 3:

@@ -24,7 +24,9 @@ def as_parts(penalty: Parts) -> tuple[Part, ...]:
     """
     parts = as_tuple(penalty)
     for part in parts:
-        if not isinstance(part, (Penalty, SparsityTarget)) and not callable(part):
+        # A class is callable, too: the step count would become its strength.
+        is_class = isinstance(part, type)
+        if is_class or not (isinstance(part, (Penalty, SparsityTarget)) or callable(part)):
             accepted = (
                 "a jaxreg penalty, a function of the step count that gives one, a "
                 "jaxreg.sparsity_target, or a sequence of these"
