@@ -47,9 +47,9 @@ def regularize(
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.identity()``.
         learning_rate: a number >= 0, a traced scalar, or a schedule.
         clip: the largest global gradient norm, or a clipping transformation.
-        l2: strength of coupled L2 (`jaxreg.l2_decay`).
-        decay: strength of decoupled weight decay at the rate of the learning rate, as in AdamW;
-            or a `jaxreg.weight_decay` with another rate.
+        l2: strength of coupled L2, a number or a schedule; or a `jaxreg.l2_decay`.
+        decay: strength, a number or a schedule, of decoupled weight decay at the rate of the
+            learning rate, as in AdamW; or a `jaxreg.weight_decay` with another rate.
         penalty: one penalty or several, each for its own leaves (`jaxreg.proximal`).
         metric: the gain of the direction, where "auto" does not recognise it.
 

@@ -323,3 +323,13 @@ def test_the_proximal_step_moves_no_bytes_beside_those_of_adam(penalty):
     params = {"kernel": jnp.ones((256, 256))}
     adam = bytes_accessed(optax.adam(0.1), params)
     assert bytes_accessed(jaxreg.prox_adam(0.1, penalty), params) <= 1.01 * adam
+
+
+def test_a_class_of_penalties_is_no_schedule_of_them():
+    """The step count would become its strength, in silence."""
+    for make in (
+        lambda: jaxreg.prox_adam(0.1, jaxreg.L1),
+        lambda: jaxreg.regularize(optax.identity(), 0.1, penalty=[jaxreg.L2(0.1), jaxreg.L1]),
+    ):
+        with pytest.raises(ValueError, match="^penalty: got .*accepted: a jaxreg penalty"):
+            make()

@@ -81,8 +81,9 @@ def mixup_loss(
         labels: likewise, of the first inputs.
         other_labels: of the second ones.
         weight: $\lambda$ in [0, 1], a number or one for each example.
-        loss: ``loss(logits, labels)`` gives one number an example; options of
-            `jaxreg.smoothed_cross_entropy` go in by ``functools.partial``.
+        loss: ``loss(logits, labels)`` gives one number an example. By default it is
+            `jaxreg.smoothed_cross_entropy` with its smoothing of 0.1; ``functools.partial(...,
+            smoothing=0.0)`` gives plain cross-entropy, and other options likewise.
         reduction: "none", or "mean" or "sum" over all examples.
 
     Returns:
