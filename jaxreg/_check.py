@@ -137,7 +137,12 @@ def finite_array(name: str, value: Any) -> Any:
 
 def nonnegative_array(name: str, value: Any) -> Any:
     """An array of finite numbers >= 0."""
-    return array(name, value, "finite numbers >= 0", lambda v: np.isfinite(v) & (v >= 0))
+    return array(name, value, "finite numbers >= 0", is_weight)
+
+
+def is_weight(values: np.ndarray) -> np.ndarray:
+    """Which numbers are finite and not negative."""
+    return np.isfinite(values) & (values >= 0)
 
 
 def weights(name: str, value: Any) -> Any:

@@ -53,6 +53,11 @@ class Case:
     float32_accuracy: float = dataclasses.field(kw_only=True, default=1e-6)
     """Of float32 against float64, to the larger of 1 and the result."""
 
+    @property
+    def module(self) -> str:
+        """The file that it is made in."""
+        return getattr(jaxreg, self.name).__module__
+
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyCase(Case):

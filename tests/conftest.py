@@ -3,6 +3,8 @@
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -27,6 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where versions are tested, one row of a law stands for those that are made in one file."""
+    from cases import Case  # not before JAX has its flags
+
+    first: dict[tuple[Any, str], str] = {}
+    for item in items:
+        arguments = item.callspec.params if hasattr(item, "callspec") else {}
+        case = arguments.get("case")
+        if isinstance(case, Case):
+            law = (item.function, case.module)
+            if first.setdefault(law, case.name) != case.name:
+                item.add_marker("repeated")
+
+
 _tests_run = itertools.count(1)
 
 
@@ -35,8 +52,16 @@ def few_compiled_programs() -> Iterator[None]:
     """Each compiled program maps memory, and a process has 65,530 maps on Linux: beyond them XLA
     aborts."""
     yield
-    if next(_tests_run) % 100 == 0:
+    if next(_tests_run) % 20 == 0 and _maps() > 30_000:
         jax.clear_caches()
+
+
+def _maps() -> int:
+    """How many maps of memory this process has; 0 where that is not to be known."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 @pytest.fixture

@@ -148,6 +148,15 @@ def test_mixup_is_the_loss_against_mixed_labels(weight, smoothing):
         np.testing.assert_allclose(gradient, (np.exp(log_p) - q) / per, atol=1e-6)
 
 
+def test_a_weight_of_each_sequence_holds_for_all_of_its_tokens():
+    logits, labels, other = np.stack([X, 2 * X]), np.stack([Y, OTHER]), np.stack([OTHER, OTHER])
+    found = jaxreg.mixup_loss(logits, labels, other, jnp.array([0.25, 1.0]))
+    each = [jaxreg.mixup_loss(X, Y, OTHER, 0.25), jaxreg.smoothed_cross_entropy(2 * X, OTHER)]
+    np.testing.assert_allclose(found, each, rtol=1e-6)
+    with pytest.raises(jaxreg.ArgumentError, match=r"weight: .*shape \(4,\).*\(2, 4\)"):
+        jaxreg.mixup_loss(logits, labels, other, jnp.ones(4))
+
+
 def test_the_slope_by_the_weight_is_the_difference_of_the_losses():
     slope = jax.jit(jax.jacobian(lambda w: jaxreg.mixup_loss(X, Y, OTHER, w)))(0.3)
     first, second = (jaxreg.smoothed_cross_entropy(X, y) for y in (Y, OTHER))
@@ -292,6 +301,7 @@ def test_an_empty_batch_changes_nothing():
 # Bad input ----------------------------------------------------------------------------------------
 
 ONLINE = jaxreg.online_label_smoothing(3)
+MEAN = functools.partial(jaxreg.smoothed_cross_entropy, reduction="mean")
 
 
 @pytest.mark.parametrize(
@@ -315,6 +325,8 @@ ONLINE = jaxreg.online_label_smoothing(3)
         (lambda: jaxreg.mixup_loss(X, Y, OTHER, 0.5, loss="focal"), "loss"),
         (lambda: jaxreg.mixup_loss(X, Y, OTHER, 0.5, reduction="average"), "reduction"),
         (lambda: jaxreg.mixup_loss(X, Y + 3, OTHER, 0.5), "labels"),
+        (lambda: jaxreg.mixup_loss(X, Y, OTHER + 3, 0.5), "other_labels"),
+        (lambda: jaxreg.mixup_loss(X, Y, OTHER, jnp.ones(4), loss=MEAN), "loss"),
         (lambda: jaxreg.online_label_smoothing(1), "classes"),
         (lambda: jaxreg.online_label_smoothing(2.0), "classes"),
         (lambda: jaxreg.online_label_smoothing(3, 1.0), "hard"),

@@ -34,6 +34,12 @@ STEPS = (0.0, 0.1, 1.0, 30.0)
 few = settings(max_examples=25, deadline=None)
 
 
+# Compiled whole where it is computed alone: each operation by itself is a program to compile, too.
+@jax.jit
+def prox(penalty, x, step=1.0):
+    return penalty.prox(x, step)
+
+
 def points() -> st.SearchStrategy[np.ndarray]:
     """Multiples of 1/128 up to 4: no subnormal numbers, which XLA flushes to zero on a CPU."""
     return arrays(np.float64, (4, 3), elements=st.integers(-512, 512).map(lambda i: i / 128))
@@ -77,9 +83,9 @@ def test_jit_equals_eager(case: Case):
 
 @every
 def test_vmap_over_the_strength_equals_a_loop(case: Case):
-    strengths = jnp.array(case.strengths)
-    mapped = jax.vmap(case.call, in_axes=(0, None))(strengths, sample())
-    looped = [case.call(s, sample()) for s in case.strengths]
+    call = jax.jit(case.call)
+    mapped = jax.jit(jax.vmap(case.call, (0, None)))(jnp.array(case.strengths), sample())
+    looped = [call(s, sample()) for s in case.strengths]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *looped)
     chex.assert_trees_all_close(mapped, stacked, rtol=1e-6, atol=1e-7)
 
@@ -93,8 +99,9 @@ def test_gradients_are_finite_at_zero_and_elsewhere(case: Case):
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         )
 
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     for x in (sample(), jnp.zeros((4, 3))):
-        chex.assert_tree_all_finite(jax.grad(total, argnums=(0, 1))(0.5, x))
+        chex.assert_tree_all_finite(gradient(0.5, x))
 
 
 OURS = [case for case in CASES if not case.holds_optax]
@@ -147,7 +154,7 @@ def test_value_agrees_with_the_formula(case: PenaltyCase, x):
 @few
 def test_value_is_finite_at_the_prox(case: PenaltyCase, x):
     for step in STEPS:
-        assert jnp.isfinite(case.make(0.5).value(case.make(0.5).prox(np.float32(x), step)))
+        assert jnp.isfinite(case.make(0.5).value(prox(case.make(0.5), np.float32(x), step)))
 
 
 @every_penalty
@@ -182,7 +189,7 @@ def test_prox_attains_the_smallest_objective(case: PenaltyCase, strength, x64):
     )
     for i, step in enumerate(metric_steps(case)):
         z = 1.5 * np.random.default_rng(i).normal(size=(4, 3))
-        found = np.asarray(penalty.prox(z, step))
+        found = np.asarray(prox(penalty, z, step))
 
         def objective(w, z=z, step=step):
             return case.value(w, strength) + ((w - z) ** 2 / (2 * step)).sum()
@@ -242,9 +249,9 @@ def test_an_elementwise_step_acts_coordinate_by_coordinate(case: PenaltyCase, x,
     penalty = case.make(0.5)
     if not penalty.separable:
         return  # the next two laws are for them
-    whole = penalty.prox(x, steps)
+    whole = prox(penalty, x, steps)
     pairs = zip(x.ravel(), steps.ravel(), strict=True)
-    single = [penalty.prox(jnp.float32(z), float(t)) for z, t in pairs]
+    single = [prox(penalty, jnp.float32(z), float(t)) for z, t in pairs]
     chex.assert_trees_all_close(whole.ravel(), jnp.stack(single), rtol=1e-6)
 
 
@@ -255,8 +262,9 @@ def test_a_constant_elementwise_step_equals_the_scalar_step(case: PenaltyCase, x
     penalty = case.make(0.5)
     for step in STEPS:
         if penalty.elementwise_step:
-            elementwise = penalty.prox(x, np.full((4, 3), step))
-            chex.assert_trees_all_close(elementwise, penalty.prox(x, step), rtol=2e-5, atol=2e-6)
+            elementwise = prox(penalty, x, np.full((4, 3), step))
+            scalar = prox(penalty, x, step)
+            chex.assert_trees_all_close(elementwise, scalar, rtol=2e-5, atol=2e-6)
 
 
 @every_penalty
@@ -269,8 +277,8 @@ def test_an_elementwise_step_may_span_all_of_adams_range(case: PenaltyCase, x64)
         x = rng.normal(size=(4, 3)).astype(np.float32)
         step = (10 ** rng.uniform(low, high, (4, 3))).astype(np.float32)
         step[0, 0] = 0.0
-        exact = penalty.prox(x.astype(np.float64), step.astype(np.float64))
-        np.testing.assert_allclose(penalty.prox(x, step), exact, rtol=2e-4, atol=2e-5)
+        exact = prox(penalty, x.astype(np.float64), step.astype(np.float64))
+        np.testing.assert_allclose(prox(penalty, x, step), exact, rtol=2e-4, atol=2e-5)
 
 
 @every_penalty
@@ -290,7 +298,7 @@ def test_step_zero_is_the_identity_inside_the_domain(case: PenaltyCase, x):
     inside = jnp.asarray(case.feasible(x, 0.5), jnp.float32)
     steps = [0.0, np.zeros((4, 3))] if case.make(0.5).elementwise_step else [0.0]
     for step in steps:
-        same = case.make(0.5).prox(inside, step)
+        same = prox(case.make(0.5), inside, step)
         if case.constraint and not case.make(0.5).separable:  # the domain has room for rounding
             chex.assert_trees_all_close(same, inside, rtol=1e-5, atol=2e-5)
         else:
@@ -315,7 +323,7 @@ def test_strength_zero_is_the_identity(case: PenaltyCase):
 @few
 def test_prox_of_a_convex_penalty_is_firmly_nonexpansive(case: PenaltyCase, x, y, step):
     penalty = case.make(0.5)
-    p, q = (np.asarray(penalty.prox(z, step), np.float64) for z in (x, y))
+    p, q = (np.asarray(prox(penalty, z, step), np.float64) for z in (x, y))
     x, y = np.float32(x).astype(np.float64), np.float32(y).astype(np.float64)
     nonexpansive = ((p - q) ** 2).sum() <= ((p - q) * (x - y)).sum() + 1e-4
     assert nonexpansive or not penalty.convex
@@ -327,7 +335,7 @@ def test_prox_of_a_convex_penalty_is_firmly_nonexpansive(case: PenaltyCase, x, y
 def test_value_is_no_larger_after_the_prox_and_the_three_point_inequality_holds(case, x):
     penalty, step = case.make(0.5), 0.7
     x = np.float32(x).astype(np.float64)
-    p = np.asarray(penalty.prox(x, step), np.float64)
+    p = np.asarray(prox(penalty, x, step), np.float64)
     left = case.value(p, 0.5) + ((p - x) ** 2).sum() / (2 * step)
     for u in (case.feasible(x, 0.5), case.feasible(x[::-1], 0.5), np.zeros_like(x)):
         right = case.value(u, 0.5) + ((u - x) ** 2).sum() / (2 * step)
@@ -379,7 +387,7 @@ def test_critical_multiplier_is_where_zero_becomes_the_solution(case: PenaltyCas
 
     def moves(c: float) -> bool:
         """Whether a proximal step from 0 leaves it under c times the penalty."""
-        return bool((case.make(0.5 * c).prox(-np.float32(grad)) != zero).any())
+        return bool((prox(case.make(0.5 * c), -np.float32(grad)) != zero).any())
 
     if case.constraint:
         stays = (penalty.prox(-np.float32(grad)) == zero).all()
@@ -396,14 +404,15 @@ def test_vmap_over_points_and_strengths_equals_a_loop(case: PenaltyCase):
     stack = jnp.stack([sample(), sample()[::-1] * 2, -sample()])
     strengths = jnp.array(case.strengths)
 
-    def prox(strength, x):
+    def call(strength, x):
         return case.make(strength).prox(x, 0.3)
 
-    over_points = jax.vmap(prox, in_axes=(None, 0))(0.5, stack)
-    over_both = jax.vmap(prox)(strengths, stack)
-    looped = jnp.stack([prox(0.5, x) for x in stack])
+    one = jax.jit(call)
+    over_points = jax.jit(jax.vmap(call, in_axes=(None, 0)))(0.5, stack)
+    over_both = jax.jit(jax.vmap(call))(strengths, stack)
+    looped = jnp.stack([one(0.5, x) for x in stack])
     chex.assert_trees_all_close(over_points, looped, rtol=1e-6, atol=1e-6)
-    looped = jnp.stack([prox(s, x) for s, x in zip(case.strengths, stack, strict=True)])
+    looped = jnp.stack([one(s, x) for s, x in zip(case.strengths, stack, strict=True)])
     chex.assert_trees_all_close(over_both, looped, rtol=1e-6, atol=1e-6)
 
 
@@ -415,11 +424,12 @@ def test_the_derivative_of_the_prox_is_right(case: PenaltyCase, x64):
     steps = [0.3] if not case.make(0.5).elementwise_step else [0.3, rng.uniform(0.2, 0.5, (4, 3))]
     for step in steps:
 
-        def prox(e, step=step):
+        @jax.jit
+        def along(e, step=step):
             return case.make(0.4 + e).prox(x + e * direction, step * (1 + e))
 
-        expected = (prox(1e-6) - prox(-1e-6)) / 2e-6
-        found = jax.jvp(prox, (0.0,), (1.0,))[1]
+        expected = (along(1e-6) - along(-1e-6)) / 2e-6
+        found = jax.jvp(along, (0.0,), (1.0,))[1]
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -433,6 +443,7 @@ def test_the_second_derivative_of_the_prox_is_right(case: PenaltyCase, x64):
     x, direction = rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
     for step in (0.3, rng.uniform(0.2, 0.5, (4, 3))):
 
+        @jax.jit
         def slope(e, step=step):
             def along(e):
                 return jnp.sum(jnp.sin(case.make(0.4).prox(x + e * direction, step)))
@@ -487,8 +498,8 @@ def test_keeps_the_dtype_and_the_shape_also_of_empty_arrays(case: PenaltyCase):
     given = [jnp.ones(shape) for shape in case.shapes]
     given += [jnp.ones((4, 3), dtype) for dtype in (jnp.bfloat16, jnp.float16)]
     for x in given:
-        assert penalty.prox(x, 0.1).dtype == x.dtype
-        assert penalty.prox(x, 0.1).shape == x.shape
+        after = prox(penalty, x, 0.1)
+        assert (after.dtype, after.shape) == (x.dtype, x.shape)
         assert penalty.value(x).dtype == jnp.float32
 
 
@@ -511,14 +522,15 @@ def test_a_sharded_leaf_keeps_its_sharding_with_the_collectives_stated(case: Pen
     )
     assert used <= case.collectives
     assert compiled(x).sharding.is_equivalent_to(sharding, 2)
-    chex.assert_trees_all_close(compiled(x), penalty.prox(sample(), 0.1), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(compiled(x), prox(penalty, sample(), 0.1), rtol=1e-5, atol=1e-5)
 
 
 @every_penalty
 def test_a_multiple_is_a_step_as_many_times_as_long(case: PenaltyCase):
     penalty, x = case.make(0.5), sample()
     double = 2 * penalty
-    chex.assert_trees_all_close(double.prox(x, 0.3), penalty.prox(x, 0.6), rtol=1e-5, atol=1e-6)
+    twice = prox(double, x, 0.3)
+    chex.assert_trees_all_close(twice, prox(penalty, x, 0.6), rtol=1e-5, atol=1e-6)
     inside = jnp.asarray(case.feasible(np.asarray(x, np.float64), 0.5), jnp.float32)
     np.testing.assert_allclose(double.value(inside), 2 * penalty.value(inside), rtol=1e-5)
     assert double.where == penalty.where
@@ -528,7 +540,7 @@ def test_a_multiple_is_a_step_as_many_times_as_long(case: PenaltyCase):
 def test_with_a_squared_norm_it_adds_up(case: PenaltyCase, x64):
     penalty, x, step = case.make(0.5), np.asarray(sample(np.float64)), 0.7
     both = penalty + jaxreg.L2(0.8)
-    w = both.prox(x, step)
+    w = prox(both, x, step)
     # Stationary for R plus the square is stationary for R, with the square in the loss.
     residual = penalty.residual(w, (w - x) / step + 0.8 * w, 0.1)
     chex.assert_trees_all_close(residual, jnp.zeros((4, 3)), atol=1e-11)
@@ -580,7 +592,7 @@ def test_updates_and_state_keep_their_dtypes(case: TransformCase, dtype):
 @every_transform
 def test_float64_is_kept(case: TransformCase, x64):
     tx, params = case.make(0.5), {"kernel": sample(np.float64)}
-    updates, state = tx.update(params, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
 
@@ -613,7 +625,7 @@ def test_passes_over_none_masked_nodes_and_empty_leaves(case: TransformCase):
         "masked": optax.MaskedNode(),
         "empty_kernel": jnp.zeros((0, 3)),
     }
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert updates["empty_kernel"].shape == (0, 3)
 

@@ -274,12 +274,16 @@ HIDDEN, KERNEL, LABELS = jnp.zeros((4, 3)), jnp.zeros((3, 5)), jnp.zeros(4, int)
         ({"kernel": jnp.zeros(3)}, r"kernel: .*shape \(D, V\)"),
         ({"kernel": jnp.zeros((2, 5))}, "kernel: .*as many rows as hidden has features, 3"),
         ({"bias": jnp.zeros(4)}, r"bias: .*shape \(5,\), or None"),
+        ({"bias": 0.1}, "bias: got 0.1; .*smoothing=... gives the smoothing"),
+        ({"bias": "mean"}, "bias: got 'mean'"),
+        ({"hidden": None}, "hidden: got None"),
+        ({"where": [1, 1, 0, 1, 1]}, "where: .*5 bools"),
         ({"labels": jnp.zeros(3, int)}, r"labels: .*integers of shape \(4,\) in \[0, 5\)"),
         ({"labels": jnp.zeros((4, 5))}, r"labels: .*integers of shape \(4,\) in \[0, 5\)\."),
         ({"labels": jnp.full(4, 5)}, "labels: got the value 5"),
         ({"smoothing": 1.0}, "smoothing: got 1.0"),
         ({"where": jnp.ones((4, 5), bool)}, "where: .*5 bools"),
-        ({"class_weights": jnp.ones(3)}, "class_weights: .*5 numbers"),
+        ({"class_weights": jnp.ones(3)}, "class_weights: .*5 finite numbers"),
         ({"block_size": 0}, "block_size: got 0"),
         ({"axis_name": "nowhere"}, "axis_name: got 'nowhere', which is not bound"),
         ({"reduction": "avg"}, "reduction: got 'avg'"),
@@ -289,6 +293,21 @@ def test_bad_arguments_are_named(changes, message):
     given = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS} | changes
     with pytest.raises(jaxreg.ArgumentError, match=message):
         linear(**given)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_derivative_in_the_class_weights_is_refused_and_not_zero(reduction):
+    def loss(weights, hidden):
+        found = linear(hidden, KERNEL, LABELS, class_weights=weights, reduction=reduction)
+        return jnp.sum(found)
+
+    weights = jnp.arange(1.0, 6.0)
+    for differentiate in (jax.grad(loss), jax.jit(jax.grad(loss, (0, 1)))):
+        with pytest.raises(jaxreg.ArgumentError, match="class_weights: .*stop_gradient"):
+            differentiate(weights, HIDDEN)
+    kept = jax.grad(lambda w, h: loss(jax.lax.stop_gradient(w * h.shape[0]), h), (0, 1))
+    assert not np.any(kept(weights, HIDDEN)[0])
+    chex.assert_trees_all_close(kept(weights, HIDDEN)[1], jax.grad(loss, 1)(4 * weights, HIDDEN))
 
 
 def test_a_traced_cap_is_refused_and_a_traced_label_out_of_range_is_nan():

@@ -547,6 +547,15 @@ def test_bad_arguments_are_named(call, name):
     assert message(error).startswith(f"{name}: got ")
 
 
+@pytest.mark.parametrize("loss", [jaxreg.focal_loss, jaxreg.poly_loss])
+@pytest.mark.parametrize("wrong", [jnp.zeros((2, 3)), jnp.array([0, 3])])
+def test_losses_of_integer_labels_offer_nothing_else(loss, wrong):
+    with pytest.raises(jaxreg.ArgumentError) as error:
+        loss(jnp.zeros((2, 3)), wrong)
+    assert error.value.name == "labels"
+    assert "probabilities" not in error.value.accepted
+
+
 def test_a_traced_binary_label_out_of_range_is_nan():
     found = jax.jit(jaxreg.sigmoid_smoothed_cross_entropy)(jnp.zeros(3), jnp.array([0, 1, -1]))
     assert np.isnan(found).tolist() == [False, False, True]

@@ -15,6 +15,7 @@ from jaxreg.losses.targets import (
     Classes,
     Number,
     Reduction,
+    class_labels,
     classes_of,
     existing,
     floating,
@@ -327,10 +328,14 @@ def _fitting(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise _check.ArgumentError(name, _check.describe(array), accepted) from None
 
 
-def _nll(labels: Any, logits: jax.Array, **options: Any) -> jax.Array:
+def _nll(
+    labels: Any, logits: jax.Array, *, axis: int, ignore_index: int | None, where: Any
+) -> jax.Array:
     """-log p of integer labels."""
-    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-        raise _check.ArgumentError("labels", _check.describe(labels), "integers")
+    logits = floating("logits", logits, "a real floating array with an axis of classes", rank=1)
+    axis = _check.axis("axis", axis, logits)
+    labels = class_labels(labels, logits.shape, axis, ignore_index, soft=False)
+    options = {"ignore_index": ignore_index, "where": where, "axis": axis}
     return smoothed_cross_entropy(logits, labels, 0.0, **options)
 
 

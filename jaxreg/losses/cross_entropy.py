@@ -95,7 +95,7 @@ def smoothed_cross_entropy(
     accepted = "a real floating array with an axis of classes"
     logits = floating("logits", logits, accepted, rank=1)
     axis = _check.axis("axis", axis, logits)
-    labels = class_labels(labels, logits.shape, axis, options)
+    labels = class_labels(labels, logits.shape, axis, options.ignore_index)
     given = {"logits": logits, "labels": labels, "class_weights": class_weights, "where": where}
     given |= options._asdict()
     kept = axis if reduction == "none" else None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import _check, _tree
+from jaxreg import _address, _check, _tree
 from jaxreg import where as _where
 from jaxreg.losses.targets import Number, Reduction, floating, mean_or_sum
 from jaxreg.penalties.base import Penalty
@@ -83,6 +83,8 @@ def jacobian_penalty(
     """
     inputs = _batch("inputs", inputs)
     samples = _check.whole_number("samples", samples, at_least=1)
+    if not _address.is_key(key):
+        raise _check.ArgumentError("key", _check.describe(key), "one JAX random key")
     accepted = f"a function whose outputs are a floating array of {inputs.shape[0]} rows"
     outputs, pull = _pullback(function, inputs, accepted)
 

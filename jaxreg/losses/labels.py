@@ -14,6 +14,7 @@ from jaxreg.losses.targets import (
     Options,
     Reduction,
     Spread,
+    class_labels,
     classes_of,
     floating,
     mean_or_sum,
@@ -80,7 +81,8 @@ def mixup_loss(
         logits: as `loss` takes them.
         labels: likewise, of the first inputs.
         other_labels: of the second ones.
-        weight: $\lambda$ in [0, 1], a number or one for each example.
+        weight: $\lambda$ in [0, 1]: a number, one for each example, or of the first of the axes that
+            the losses have, such as one a sequence.
         loss: ``loss(logits, labels)`` gives one number an example. By default it is
             `jaxreg.smoothed_cross_entropy` with its smoothing of 0.1; ``functools.partial(...,
             smoothing=0.0)`` gives plain cross-entropy, and other options likewise.
@@ -90,7 +92,8 @@ def mixup_loss(
         The loss of each example, or a scalar.
 
     Raises:
-        ValueError: where the weight is not in [0, 1], its shape does not fit, or as `loss` does.
+        ValueError: where the weight is not in [0, 1], its shape does not fit, `loss` reduces, or as
+            `loss` does.
 
     Source: H. Zhang et al., *mixup: beyond empirical risk minimization*, ICLR 2018,
     arXiv:1710.09412; S. Yun et al., *CutMix*, ICCV 2019, arXiv:1905.04899.
@@ -104,12 +107,18 @@ def mixup_loss(
     """
     if not callable(loss):
         raise _check.ArgumentError("loss", _check.describe(loss), "a function of logits and labels")
-    first, second = loss(logits, labels), loss(logits, other_labels)
+    first = loss(logits, labels)
+    if first.ndim == 0 < jnp.ndim(labels):
+        accepted = 'one that gives a number for each example (reduction="none")'
+        raise _check.ArgumentError("loss", "a function that reduces its losses to one", accepted)
+    with _check.of_argument("other_labels"):
+        second = loss(logits, other_labels)
     accepted = f"numbers from 0 to 1, one or of shape {first.shape}"
     weight = _check.array("weight", weight, accepted, lambda v: (v >= 0) & (v <= 1))
     share = jnp.asarray(weight).astype(first.dtype)
-    if share.shape not in ((), first.shape):
+    if share.shape != first.shape[: share.ndim]:
         raise _check.ArgumentError("weight", _check.describe(weight), accepted)
+    share = share.reshape(share.shape + (1,) * (first.ndim - share.ndim))
     return mean_or_sum(times(share, first) + times(1 - share, second), reduction)
 
 
@@ -185,9 +194,8 @@ def online_label_smoothing(
         if jnp.shape(logits)[-1:] != (classes,):
             accepted = f"an array of shape (..., {classes})"
             raise _check.ArgumentError("logits", _check.describe(logits), accepted)
-        logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise _check.ArgumentError("labels", _check.describe(labels), "integers")
+        logits = jnp.asarray(logits)
+        labels = class_labels(labels, logits.shape, logits.ndim - 1, None, soft=False)
         ordinary = smoothed_cross_entropy(logits, labels, 0.0)
         soft = jax.lax.stop_gradient(state.soft)[labels]
         softened = smoothed_cross_entropy(logits, soft, 0.0)

@@ -26,6 +26,7 @@ from jaxreg.losses.targets import (
     Spread,
     class_labels,
     classes_of,
+    floating,
     index_targets,
     inverse,
     soft_capped,
@@ -66,7 +67,7 @@ def linear_cross_entropy(
         z_loss: likewise.
         soft_cap: likewise, but not traced.
         ignore_index: likewise.
-        class_weights: V numbers >= 0. The loss is not differentiated in them.
+        class_weights: V numbers >= 0, in which the loss is not to be differentiated.
         where: V bools.
         spread: as in `smoothed_cross_entropy`.
         reduction: likewise.
@@ -84,8 +85,8 @@ def linear_cross_entropy(
         forward mode over it; for forward mode alone there is `smoothed_cross_entropy`.
 
     Raises:
-        ValueError: where an argument is out of its range, shapes do not fit, or a concrete label
-            is no class.
+        ValueError: where an argument is out of its range, shapes do not fit, a concrete label is no
+            class, or a derivative in the class weights is asked for.
 
     Source: E. Wijmans et al., *Cut your losses in large-vocabulary language models*, ICLR 2025,
     arXiv:2411.09009; for the gradient in the forward pass P.-L. Hsu et al., *Liger kernel*,
@@ -110,9 +111,11 @@ def linear_cross_entropy(
     _check_pieces(layout, hidden, kernel)
     tokens, own_classes = hidden.shape[:-1], kernel.shape[1]
     shape = (*tokens, own_classes * layout.devices())
-    labels = class_labels(labels, shape, len(tokens), options, soft=False)
-    if where is not None and jnp.shape(where) != (own_classes,):
-        raise _check.ArgumentError("where", _check.describe(where), f"{own_classes} bools")
+    labels = class_labels(labels, shape, len(tokens), options.ignore_index, soft=False)
+    if where is not None:
+        exist = jnp.asarray(where)
+        if exist.shape != (own_classes,) or exist.dtype != bool:
+            raise _check.ArgumentError("where", _check.describe(where), f"{own_classes} bools")
     given = {"hidden": hidden, "kernel": kernel, "bias": bias, "labels": labels}
     given |= {"class_weights": class_weights, "where": where} | options._asdict()
     blocks = _blocks(labels.size, block_size)
@@ -133,8 +136,9 @@ def _loss(
 ) -> jax.Array:
     chosen = Options(**options)
     dtype = _tree.wide_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
-    constants = jax.lax.stop_gradient((class_weights, where))
-    classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, *constants)
+    if _check.is_number(class_weights):
+        class_weights = _constant(class_weights)
+    classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, class_weights, where)
     targets, weight = index_targets(labels.reshape(-1, 1), classes, chosen)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if chosen.ignore_index is not None:
@@ -152,22 +156,33 @@ def _loss(
     return total if chosen.reduction == "sum" else total * inverse(jnp.sum(weight))
 
 
+@jax.custom_jvp
+def _constant(class_weights: jax.Array) -> jax.Array:
+    """The same; a derivative in them would be 0 where it is not."""
+    return class_weights
+
+
+@_constant.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    accepted = "jax.lax.stop_gradient of them, or jaxreg.smoothed_cross_entropy in their place"
+    raise _check.ArgumentError("class_weights", "weights that are differentiated", accepted)
+
+
 def _arrays(hidden: Any, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
-    bias = None if bias is None else jnp.asarray(bias)
-    wants = {
-        "hidden": (hidden, hidden.ndim > 0, "shape (..., D)"),
-        "kernel": (kernel, kernel.ndim == 2 and kernel.shape[1] > 0, "shape (D, V)"),
-    }
-    if bias is not None:
-        wants["bias"] = (bias, bias.shape == kernel.shape[1:], f"shape {kernel.shape[1:]}, or None")
-    for name, (array, fits, accepted) in wants.items():
-        if not (fits and jnp.issubdtype(array.dtype, jnp.floating)):
-            accepted = f"a real floating array of {accepted}"
-            raise _check.ArgumentError(name, _check.describe(array), accepted)
+    array = "a real floating array of shape "
+    hidden = floating("hidden", hidden, f"{array}(..., D)", rank=1)
+    kernel = floating("kernel", kernel, f"{array}(D, V)", rank=2)
+    if kernel.ndim != 2 or not kernel.shape[1]:
+        raise _check.ArgumentError("kernel", _check.describe(kernel), f"{array}(D, V)")
     if hidden.shape[-1] != kernel.shape[0]:
         accepted = f"as many rows as hidden has features, {hidden.shape[-1]}"
         raise _check.ArgumentError("kernel", _check.describe(kernel), accepted)
+    if bias is not None:
+        accepted = f"{array}{kernel.shape[1:]}, or None; smoothing=... gives the smoothing"
+        found = floating("bias", bias, accepted)
+        if found.shape != kernel.shape[1:]:
+            raise _check.ArgumentError("bias", _check.describe(bias), accepted)
+        bias = found
     return hidden, kernel, bias
 
 

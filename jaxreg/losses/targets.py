@@ -87,10 +87,10 @@ def classes_of(
     total = number = jnp.full(ones, size, dtype)
     weights = exist = None
     if class_weights is not None:
-        class_weights = _check.nonnegative_array("class_weights", class_weights)
+        accepted = f"{shape[axis]} finite numbers >= 0, one a class"
+        class_weights = _check.array("class_weights", class_weights, accepted, _check.is_weight)
         if np.shape(class_weights) != (shape[axis],):
-            given, accepted = _check.describe(class_weights), f"{shape[axis]} numbers, one a class"
-            raise _check.ArgumentError("class_weights", given, accepted)
+            raise _check.ArgumentError("class_weights", _check.describe(class_weights), accepted)
         weights = jnp.asarray(class_weights).astype(dtype).reshape(along)
     shares = weights
     if where is not None:
@@ -118,39 +118,46 @@ def existing(where: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def floating(name: str, x: Any, accepted: str, rank: int = 0) -> jax.Array:
     """A real floating array of a rank at least."""
-    array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < rank:
+    numbers = _check.is_number(x) or isinstance(x, (list, tuple))
+    array = jnp.asarray(x) if numbers else None
+    if array is None or not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < rank:
         raise _check.ArgumentError(name, _check.describe(x), accepted)
     return array
 
 
 def class_labels(
-    labels: Any, shape: tuple[int, ...], axis: int, options: Options, *, soft: bool = True
+    labels: Any, shape: tuple[int, ...], axis: int, ignore_index: int | None, *, soft: bool = True
 ) -> jax.Array:
     """Labels that fit logits of a shape: integers of its rows, or probabilities of the shape."""
+    rows, count = shape[:axis] + shape[axis + 1 :], shape[axis]
+    ignored = "" if ignore_index is None else f" or {ignore_index}"
+    accepted = f"integers of shape {rows} in [0, {count}){ignored}"
+    accepted += f", or floating probabilities of shape {shape}" if soft else ""
     labels = np.asarray(labels) if isinstance(labels, (list, tuple)) else labels
     # In NumPy: within a trace even a comparison of constants is traced.
     concrete = np.asarray(labels) if _check.is_concrete(labels) else None
+    if not _check.is_number(labels):
+        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
     labels = jnp.asarray(labels)
-    rows, count = shape[:axis] + shape[axis + 1 :], shape[axis]
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    ignored = "" if options.ignore_index is None else f" or {options.ignore_index}"
-    accepted = f"integers of shape {rows} in [0, {count}){ignored}"
-    accepted += f", or probabilities of {shape}" if soft else ""
     floating = soft and jnp.issubdtype(labels.dtype, jnp.floating)
     if not ((integer and labels.shape == rows) or (floating and labels.shape == shape)):
-        raise _check.ArgumentError("labels", _check.describe(labels), accepted)
+        others = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == labels.shape]
+        hint = f"; they fit logits whose classes are along axis={others[0]}" if others else ""
+        raise _check.ArgumentError("labels", _check.describe(labels), accepted + hint)
     if floating and concrete is not None:
-        _check.array("labels", concrete, "finite numbers >= 0", lambda q: np.isfinite(q) & (q >= 0))
-    if floating and options.ignore_index is not None:
-        given = f"{options.ignore_index} with labels that are probabilities"
+        _check.array("labels", concrete, "finite numbers >= 0", _check.is_weight)
+    if floating and ignore_index is not None:
+        given = f"{ignore_index} with labels that are probabilities"
         raise _check.ArgumentError("ignore_index", given, "None, or integer labels")
     if integer and concrete is not None:
         wrong = (concrete < 0) | (concrete >= count)
-        if options.ignore_index is not None:
-            wrong &= concrete != options.ignore_index
+        if ignore_index is not None:
+            wrong &= concrete != ignore_index
         if wrong.any():
-            raise _check.ArgumentError("labels", f"the value {concrete[wrong].flat[0]}", accepted)
+            value = concrete[wrong].flat[0]
+            hint = "" if ignored else f"; ignore_index={value} leaves its examples out"
+            raise _check.ArgumentError("labels", f"the value {value}", accepted + hint)
     # 8 bits can't count 300 classes.
     narrow = integer and jnp.iinfo(labels.dtype).bits < 32
     return labels.astype(jnp.int32) if narrow else labels

@@ -1,5 +1,6 @@
 """Which penalty is for which leaves of a parameter tree."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
     """
     leaves, paths = jax.tree.leaves(params), _where.paths(params)
     placed: list[Place] = []
+    at: dict[int, int] = {}  # where in the list the place on a leaf is
     for penalty in penalties:
         chosen = [i for i, yes in enumerate(jax.tree.leaves(penalty.where.mask(params))) if yes]
         if isinstance(penalty, Joint):
@@ -58,40 +60,42 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
         else:
             new = [Place(penalty, i) for i in chosen]
         for place in new:
-            placed = _with(placed, place, paths)
+            own = jax.tree.leaves(place.leaves)
+            shared = [i for i in own if i in at]
+            if shared:
+                k = at[min(shared)]
+                placed[k] = _sum(placed[k], place, _named(paths[min(shared)]))
+            else:
+                at |= dict.fromkeys(own, len(placed))
+                placed.append(place)
+    fits: set[tuple[int, str]] = set()  # what is done once for leaves that are alike
     for place in placed:
+        own = place.of(leaves)
+        alike = (id(place.penalty), str(jax.tree.map(jnp.shape, own)))
         for i in jax.tree.leaves(place.leaves):
             if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
                 given = f"{leaves[i].dtype} values on {_named(paths[i])}"
                 raise _check.ArgumentError("penalty", given, "real floating leaves")
         # A shape that does not fit is an error of the penalty's own.
         with _check.on_leaf(", ".join(_named(paths[i]) for i in jax.tree.leaves(place.leaves))):
-            jax.eval_shape(place.penalty.value, place.of(leaves))
+            if alike not in fits:
+                jax.eval_shape(place.penalty.value, own)
+                fits.add(alike)
     return placed
 
 
-def _with(placed: list[Place], place: Place, paths: list[str]) -> list[Place]:
-    """The places with one more, added to the one that is on the same leaves."""
-    own = set(jax.tree.leaves(place.leaves))
-    for k, other in enumerate(placed):
-        shared = own & set(jax.tree.leaves(other.leaves))
-        if not shared:
-            continue
-        if other.leaves == place.leaves:
-            first = other.penalty.on(place.penalty.where)
-            try:
-                total = Place(first + place.penalty, place.leaves)
-            except _check.ArgumentError:
-                total = None
-            if total is not None:
-                return [*placed[:k], total, *placed[k + 1 :]]
-        raise _check.ArgumentError(
-            "penalty",
-            f"{other.penalty!r} and {place.penalty!r}, both on {_named(paths[min(shared)])}",
-            "one penalty a leaf, or several whose sum has a closed-form prox: put them .on "
-            "different leaves",
-        )
-    return [*placed, place]
+def _sum(one: Place, other: Place, shared: str) -> Place:
+    """Two places on the same leaves as one."""
+    if one.leaves == other.leaves:
+        with contextlib.suppress(_check.ArgumentError):
+            first = one.penalty.on(other.penalty.where)
+            return Place(first + other.penalty, other.leaves)
+    raise _check.ArgumentError(
+        "penalty",
+        f"{one.penalty!r} and {other.penalty!r}, both on {shared}",
+        "one penalty a leaf, or several whose sum has a closed-form prox: put them .on "
+        "different leaves",
+    )
 
 
 def _named(path: str) -> str:
