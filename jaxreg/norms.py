@@ -22,6 +22,8 @@ PyTree = Any
 AxisNames = str | Sequence[str]
 # Powers of two by which entries are multiplied where squares overflow, and where they underflow.
 _SCALES = {32: (2.0**-80, 2.0**90), 64: (2.0**-600, 2.0**600)}
+_SMALL = 4096  # entries of a leaf
+_MANY = 128  # numbers that are added up at once
 
 
 def global_norm(tree: PyTree, axis_name: AxisNames | None = None) -> jax.Array:
@@ -126,13 +128,14 @@ def norms_of_groups(
     if not any(leaf.size for leaf in leaves):
         return jnp.zeros(len(groups), dtype)
 
-    def total(numbers: Sequence[jax.Array]) -> jax.Array:
+    def total(numbers: Sequence[jax.Array], add: Callable[..., Any] = sum) -> jax.Array:
         """The sums over the leaves and devices of each group, of numbers or vectors a leaf."""
-        sums = [jnp.zeros_like(numbers[0]) for _ in groups]
+        parts: list[list[jax.Array]] = [[] for _ in groups]
         for number, leaf, g in zip(numbers, leaves, owners, strict=True):
             # One sum over all axes serves all leaves where each device gives its share.
-            sums[g] += number / replicas(leaf, names) if names else number
-        stacked = jnp.stack(sums)
+            parts[g].append(number / replicas(leaf, names) if names else number)
+        zero = jnp.zeros_like(numbers[0])
+        stacked = jnp.stack([add(each) if each else zero for each in parts])
         return jax.lax.psum(stacked, names) if names else stacked
 
     @jax.custom_jvp
@@ -158,24 +161,32 @@ class _Sums:
 
     leaves: Sequence[jax.Array]
     owners: Sequence[int]
-    total: Callable[[Sequence[jax.Array]], jax.Array]
+    total: Callable[..., jax.Array]
     dtype: Any
 
     def norms_by_branch(self) -> jax.Array:
         """A second pass where a sum is out of range."""
-        plain = self.total([self._squares(x) for x in self.leaves])
+        # What follows looks at the root alone: a sum that is used twice XLA takes twice, in kernels
+        # of all leaves, which are long to compile.
+        plain = jnp.sqrt(self.total([self._squares(x) for x in self.leaves], _sum_of_many))
         down, up = self._scales
         scales = jnp.where(plain < 1, up, down).astype(self.dtype)
         # Out here, as a gather inside the branch can't be mapped inside shard_map (jax 0.10).
         of_leaves = scales[np.asarray(self.owners)]
 
         def scaled() -> jax.Array:
-            # One number a leaf: what leaves of one shape share XLA would write out in that shape.
-            each = jax.lax.optimization_barrier(of_leaves)
-            sums = self.total([self._squares(x, each[i]) for i, x in enumerate(self.leaves)])
-            return jnp.where(self._in_range(plain), jnp.sqrt(plain), jnp.sqrt(sums) / scales)
+            # One number for each large leaf: what leaves of one shape share XLA would write out in
+            # that shape. Small leaves share their group's, so that they share their kernels, too.
+            each, of_groups = jax.lax.optimization_barrier((of_leaves, scales))
+            numbers = [
+                each[i] if x.size > _SMALL else of_groups[g]
+                for i, (x, g) in enumerate(zip(self.leaves, self.owners, strict=True))
+            ]
+            squares = [self._squares(x, s) for x, s in zip(self.leaves, numbers, strict=True)]
+            sums = self.total(squares, _sum_of_many)
+            return jnp.where(self._in_range(plain), plain, jnp.sqrt(sums) / scales)
 
-        return jax.lax.cond(jnp.all(self._in_range(plain)), lambda: jnp.sqrt(plain), scaled)
+        return jax.lax.cond(jnp.all(self._in_range(plain)), lambda: plain, scaled)
 
     def norms_by_select(self) -> jax.Array:
         """Three sums, of which each norm takes one."""
@@ -183,22 +194,18 @@ class _Sums:
         down, up = jax.lax.optimization_barrier(
             tuple(jnp.asarray(scale, self.dtype) for scale in self._scales)
         )
-        low, plain, high = (
-            self.total(
-                [jnp.stack([self._squares(x, s) for s in (up, None, down)]) for x in self.leaves]
-            )
-        ).T
-        elsewhere = jnp.where(plain < 1, jnp.sqrt(low) / up, jnp.sqrt(high) / down)
-        return jnp.where(self._in_range(plain), jnp.sqrt(plain), elsewhere)
+        sums = [jnp.stack([self._squares(x, s) for s in (up, None, down)]) for x in self.leaves]
+        low, plain, high = jnp.sqrt(self.total(sums)).T
+        elsewhere = jnp.where(plain < 1, low / up, high / down)
+        return jnp.where(self._in_range(plain), plain, elsewhere)
 
     @property
     def _scales(self) -> tuple[float, float]:
         return _SCALES[jnp.finfo(self.dtype).bits]
 
-    def _in_range(self, sums: jax.Array) -> jax.Array:
+    def _in_range(self, roots: jax.Array) -> jax.Array:
         # Far inside the range: what underflows beside such a sum is lost to rounding.
-        info = jnp.finfo(self.dtype)
-        return (sums > float(info.tiny) ** 0.5) & (sums <= float(info.max))
+        return (roots > float(jnp.finfo(self.dtype).tiny) ** 0.25) & (roots < jnp.inf)
 
     def _squares(self, x: jax.Array, scale: Any = None) -> jax.Array:
         sums = []
@@ -206,6 +213,18 @@ class _Sums:
             wide = part.astype(self.dtype)
             sums.append(jnp.sum(jnp.square(wide if scale is None else wide * scale)))
         return sum(sums[1:], sums[0])
+
+
+def _sum_of_many(numbers: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, a few at a time.
+
+    XLA makes one kernel of a chain of additions, which takes as long to compile as the square of
+    its arguments: of thousands, minutes. Cumulative sums it leaves apart.
+    """
+    while len(numbers) > _MANY:
+        parts = [jnp.stack(numbers[i : i + _MANY]) for i in range(0, len(numbers), _MANY)]
+        numbers = [jax.lax.cumsum(part)[-1] for part in parts]
+    return sum(numbers[1:], numbers[0])
 
 
 def _product(x: jax.Array, dx: jax.Array, divisor: jax.Array) -> jax.Array:

@@ -81,8 +81,8 @@ def mixup_loss(
         logits: as `loss` takes them.
         labels: likewise, of the first inputs.
         other_labels: of the second ones.
-        weight: $\lambda$ in [0, 1]: a number, one for each example, or of the first of the axes that
-            the losses have, such as one a sequence.
+        weight: $\lambda$ in [0, 1]: a number, one for each example, or of the first of the axes
+            that the losses have, such as one a sequence.
         loss: ``loss(logits, labels)`` gives one number an example. By default it is
             `jaxreg.smoothed_cross_entropy` with its smoothing of 0.1; ``functools.partial(...,
             smoothing=0.0)`` gives plain cross-entropy, and other options likewise.
