@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 
@@ -61,6 +62,17 @@ class Layout(NamedTuple):
     def is_label(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """Where a class is the label; by comparison, which a sharded axis takes, too."""
         return jax.lax.broadcasted_iota(labels.dtype, x.shape, self.axis) == labels
+
+    def class_numbers(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """0, 1, ... along the axis, as an array that is read.
+
+        On a CPU it takes XLA as long to count classes one by one as their exponentials take.
+        """
+        count = x.shape[self.axis]
+        shape = [count if i == self.axis else 1 for i in range(x.ndim)]
+        return jax.lax.optimization_barrier(
+            jnp.asarray(np.arange(count, dtype=dtype).reshape(shape))
+        )
 
     def at_label(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """The label's entry of a device that has it, and 0 elsewhere."""
@@ -134,7 +146,8 @@ def index_loss_of(row: Sums, targets: IndexTargets) -> jax.Array:
 def index_sums(layout: Layout, x: jax.Array, targets: IndexTargets) -> tuple[jax.Array, Sums]:
     """The exponentials exp(x - m) of all classes but the label, which has 0, and the sums."""
     largest = layout.largest(x)
-    others = jnp.where(layout.is_label(x, targets.labels), 0, jnp.exp(x - largest))
+    is_label = layout.class_numbers(x, targets.labels.dtype) == targets.labels
+    others = jnp.where(is_label, 0, jnp.exp(x - largest))
     return others, _sums(layout, x, largest, targets, others)
 
 
