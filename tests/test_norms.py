@@ -137,6 +137,17 @@ def test_is_right_at_both_ends_of_the_range(values, dtype, expected, way):
     np.testing.assert_allclose(rms, expected / len(values) ** 0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_hundreds_of_leaves_of_any_size_in_groups(scale, way):
+    """Sums of many leaves are taken a few at a time; large leaves are scaled each by itself."""
+    rng = np.random.default_rng(0)
+    shapes = [(5000,) if i % 100 == 0 else (1 + i % 3,) for i in range(300)]
+    leaves = [(scale * rng.normal(size=shape)).astype(np.float32) for shape in shapes]
+    groups = [leaves[:290], leaves[290:], []]
+    found = norms_module.norms_of_groups([[jnp.asarray(x) for x in group] for group in groups])
+    np.testing.assert_allclose(found, [exact(group) for group in groups], rtol=1e-6)
+
+
 def test_denormal_entries_count_in_full_or_as_zero(way):
     """XLA's CPU code takes them for 0: then the norm is 0, not a wrong number."""
     found = float(jaxreg.global_norm(jnp.array([3e-45, 4e-45], jnp.float32)))

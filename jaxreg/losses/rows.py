@@ -70,9 +70,9 @@ class Layout(NamedTuple):
         """
         count = x.shape[self.axis]
         shape = [count if i == self.axis else 1 for i in range(x.ndim)]
-        return jax.lax.optimization_barrier(
-            jnp.asarray(np.arange(count, dtype=dtype).reshape(shape))
-        )
+        # Behind a barrier: else XLA sees that these are numbers to be counted.
+        numbers = np.arange(count, dtype=dtype).reshape(shape)
+        return jax.lax.optimization_barrier(jnp.asarray(numbers))
 
     def at_label(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """The label's entry of a device that has it, and 0 elsewhere."""
