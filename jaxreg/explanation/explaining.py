@@ -38,7 +38,8 @@ def explain(
 
     A clip is "none" only where updates of each entry are seen to depend on its own gradient alone,
     and nowhere to stop following it. So optimizers that divide by norms (LAMB, Muon) are
-    "unknown": a clip of what comes out of them would not show.
+    "unknown": a clip of what comes out of them would not show. So is a clip by the norm of all
+    leaves, on each of them, beside a penalty in Adam's metric.
 
     The state is a fresh one, that of ``init``, with its step counters set to `step` (numbers that
     grow by 1 with each step): schedules are at that step, averages are at the start. Other numbers
