@@ -58,6 +58,11 @@ class Case:
         """The file that it is made in."""
         return getattr(jaxreg, self.name).__module__
 
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """What laws ask before they look closer."""
+        return (self.has_strength, self.holds_optax)
+
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyCase(Case):
@@ -86,6 +91,12 @@ class PenaltyCase(Case):
     """Of the prox in float64, where it is iterative."""
     collectives: frozenset[str] = dataclasses.field(kw_only=True, default=frozenset())
     """What the prox of a sharded array may use."""
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        penalty = self.make(0.5)
+        flags = (penalty.separable, penalty.convex, penalty.elementwise_step, self.constraint)
+        return (*super().kind, *flags)
 
 
 @dataclasses.dataclass(frozen=True)

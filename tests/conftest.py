@@ -31,15 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where versions are tested, one row of a law stands for those that are made in one file."""
+    """Where versions are tested, one row of a law stands for those of its kind of one file."""
     from cases import Case  # not before JAX has its flags
 
-    first: dict[tuple[Any, str], str] = {}
+    first: dict[Any, str] = {}
     for item in items:
         arguments = item.callspec.params if hasattr(item, "callspec") else {}
         case = arguments.get("case")
         if isinstance(case, Case):
-            law = (item.function, case.module)
+            law = (item.function, case.module, *case.kind)
             if first.setdefault(law, case.name) != case.name:
                 item.add_marker("repeated")
 

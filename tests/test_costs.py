@@ -161,5 +161,5 @@ def test_no_kernel_adds_up_all_leaves_and_those_of_one_shape_are_alike():
     program = jax.jit(jaxreg.global_norm).lower(leaves).compile().as_text()
     called = [line.partition(" fusion(")[2] for line in program.splitlines() if " fusion(" in line]
     assert len(called) > 300
-    assert max(line.partition(")")[0].count("%") for line in called) <= 150
+    assert 0 < max(line.partition(")")[0].count("%") for line in called) <= 150
     assert "slice={[299:300]}" not in program  # of a number for each leaf

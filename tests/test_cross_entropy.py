@@ -571,3 +571,23 @@ def test_second_derivatives_by_reverse_over_reverse_pass_over_ignored_rows():
 def test_labels_may_be_a_list():
     with pytest.raises(jaxreg.ArgumentError, match="labels: got the value 7"):
         jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), [0, 7])
+
+
+def test_hints_name_what_there_is():
+    """No axis where it is the dtype that does not fit, nothing ignored that may be a class."""
+    online = jaxreg.online_label_smoothing(3)
+    calls = [
+        lambda: jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2)),
+        lambda: jaxreg.smoothed_cross_entropy(jnp.zeros((3, 3)), jnp.zeros(3, bool)),
+        lambda: jaxreg.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.array([1, 3])),
+        lambda: jaxreg.linear_cross_entropy(
+            jnp.zeros((4, 3)), jnp.zeros((3, 5)), jnp.zeros(5, int)
+        ),
+        lambda: online.loss(online.init(), jnp.zeros((2, 3)), jnp.zeros(3, int)),
+        lambda: online.loss(online.init(), jnp.zeros((2, 3)), jnp.array([0, -1])),
+    ]
+    for call in calls:
+        with pytest.raises(jaxreg.ArgumentError) as error:
+            call()
+        assert error.value.name == "labels"
+        assert ";" not in error.value.accepted

@@ -149,12 +149,21 @@ def test_mixup_is_the_loss_against_mixed_labels(weight, smoothing):
 
 
 def test_a_weight_of_each_sequence_holds_for_all_of_its_tokens():
-    logits, labels, other = np.stack([X, 2 * X]), np.stack([Y, OTHER]), np.stack([OTHER, OTHER])
+    logits, labels, other = np.stack([X, 2 * X]), np.stack([Y, Y]), np.stack([OTHER, OTHER])
     found = jaxreg.mixup_loss(logits, labels, other, jnp.array([0.25, 1.0]))
-    each = [jaxreg.mixup_loss(X, Y, OTHER, 0.25), jaxreg.smoothed_cross_entropy(2 * X, OTHER)]
+    each = [jaxreg.mixup_loss(X, Y, OTHER, 0.25), jaxreg.smoothed_cross_entropy(2 * X, Y)]
     np.testing.assert_allclose(found, each, rtol=1e-6)
     with pytest.raises(jaxreg.ArgumentError, match=r"weight: .*shape \(4,\).*\(2, 4\)"):
         jaxreg.mixup_loss(logits, labels, other, jnp.ones(4))
+
+
+def test_one_example_at_a_time_and_a_loss_that_reduces_may_be_mixed_by_one_weight():
+    q, other = np.eye(3)[Y].astype(np.float32), np.eye(3)[OTHER].astype(np.float32)
+    each = jax.vmap(lambda x, a, b: jaxreg.mixup_loss(x, a, b, 0.25))(X, q, other)
+    expected = jaxreg.mixup_loss(X, Y, OTHER, 0.25)
+    np.testing.assert_allclose(each, expected, rtol=1e-6)
+    mean = jaxreg.mixup_loss(X, Y, OTHER, 0.25, loss=MEAN)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-6)
 
 
 def test_the_slope_by_the_weight_is_the_difference_of_the_losses():
@@ -301,6 +310,7 @@ def test_an_empty_batch_changes_nothing():
 # Bad input ----------------------------------------------------------------------------------------
 
 ONLINE = jaxreg.online_label_smoothing(3)
+IGNORING = functools.partial(jaxreg.smoothed_cross_entropy, ignore_index=-1)
 MEAN = functools.partial(jaxreg.smoothed_cross_entropy, reduction="mean")
 
 
@@ -326,6 +336,7 @@ MEAN = functools.partial(jaxreg.smoothed_cross_entropy, reduction="mean")
         (lambda: jaxreg.mixup_loss(X, Y, OTHER, 0.5, reduction="average"), "reduction"),
         (lambda: jaxreg.mixup_loss(X, Y + 3, OTHER, 0.5), "labels"),
         (lambda: jaxreg.mixup_loss(X, Y, OTHER + 3, 0.5), "other_labels"),
+        (lambda: jaxreg.mixup_loss(X, Y, np.eye(3)[Y], 0.5, loss=IGNORING), "ignore_index"),
         (lambda: jaxreg.mixup_loss(X, Y, OTHER, jnp.ones(4), loss=MEAN), "loss"),
         (lambda: jaxreg.online_label_smoothing(1), "classes"),
         (lambda: jaxreg.online_label_smoothing(2.0), "classes"),

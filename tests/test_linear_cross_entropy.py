@@ -297,17 +297,27 @@ def test_bad_arguments_are_named(changes, message):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_a_derivative_in_the_class_weights_is_refused_and_not_zero(reduction):
+    hidden, kernel, _, labels = problem(4, 3, 5, dtype=jnp.float32)
+
     def loss(weights, hidden):
-        found = linear(hidden, KERNEL, LABELS, class_weights=weights, reduction=reduction)
+        found = linear(hidden, kernel, labels, class_weights=weights, reduction=reduction)
         return jnp.sum(found)
 
-    weights = jnp.arange(1.0, 6.0)
+    weights = jnp.array([1.0, 9.0, 2.0, 5.0, 0.1])
     for differentiate in (jax.grad(loss), jax.jit(jax.grad(loss, (0, 1)))):
         with pytest.raises(jaxreg.ArgumentError, match="class_weights: .*stop_gradient"):
-            differentiate(weights, HIDDEN)
-    kept = jax.grad(lambda w, h: loss(jax.lax.stop_gradient(w * h.shape[0]), h), (0, 1))
-    assert not np.any(kept(weights, HIDDEN)[0])
-    chex.assert_trees_all_close(kept(weights, HIDDEN)[1], jax.grad(loss, 1)(4 * weights, HIDDEN))
+            differentiate(weights, hidden)
+    kept = jax.grad(lambda w, h: loss(jax.lax.stop_gradient(w**2), h), (0, 1))
+    by_weights, by_hidden = kept(weights, hidden)
+    assert not np.any(by_weights)
+    assert np.any(by_hidden)
+    chex.assert_trees_all_close(by_hidden, jax.grad(loss, 1)(weights**2, hidden))
+
+
+def test_concrete_weights_of_a_jitted_function_are_checked():
+    wrong = np.array([-1.0, 1, 1, 1, 1])
+    with pytest.raises(jaxreg.ArgumentError, match="class_weights: .*-1.0"):
+        jax.jit(lambda h: linear(h, KERNEL, LABELS, class_weights=wrong))(HIDDEN)
 
 
 def test_a_traced_cap_is_refused_and_a_traced_label_out_of_range_is_nan():

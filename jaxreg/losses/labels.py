@@ -92,8 +92,8 @@ def mixup_loss(
         The loss of each example, or a scalar.
 
     Raises:
-        ValueError: where the weight is not in [0, 1], its shape does not fit, `loss` reduces, or as
-            `loss` does.
+        ValueError: where the weight is not in [0, 1], its shape does not fit, `loss` reduces and
+            there are several weights, or as `loss` does.
 
     Source: H. Zhang et al., *mixup: beyond empirical risk minimization*, ICLR 2018,
     arXiv:1710.09412; S. Yun et al., *CutMix*, ICCV 2019, arXiv:1905.04899.
@@ -108,14 +108,17 @@ def mixup_loss(
     if not callable(loss):
         raise _check.ArgumentError("loss", _check.describe(loss), "a function of logits and labels")
     first = loss(logits, labels)
-    if first.ndim == 0 < jnp.ndim(labels):
-        accepted = 'one that gives a number for each example (reduction="none")'
-        raise _check.ArgumentError("loss", "a function that reduces its losses to one", accepted)
-    with _check.of_argument("other_labels"):
+    try:
         second = loss(logits, other_labels)
+    except _check.ArgumentError as error:
+        name = "other_labels" if error.name == "labels" else error.name
+        raise _check.ArgumentError(name, error.given, error.accepted) from None
     accepted = f"numbers from 0 to 1, one or of shape {first.shape}"
     weight = _check.array("weight", weight, accepted, lambda v: (v >= 0) & (v <= 1))
     share = jnp.asarray(weight).astype(first.dtype)
+    if first.ndim == 0 < share.ndim:
+        accepted = 'one that gives a number for each example (reduction="none")'
+        raise _check.ArgumentError("loss", "a function that gives one number in all", accepted)
     if share.shape != first.shape[: share.ndim]:
         raise _check.ArgumentError("weight", _check.describe(weight), accepted)
     share = share.reshape(share.shape + (1,) * (first.ndim - share.ndim))
@@ -195,7 +198,7 @@ def online_label_smoothing(
             accepted = f"an array of shape (..., {classes})"
             raise _check.ArgumentError("logits", _check.describe(logits), accepted)
         logits = jnp.asarray(logits)
-        labels = class_labels(labels, logits.shape, logits.ndim - 1, None, soft=False)
+        labels = class_labels(labels, logits.shape, logits.ndim - 1, None, soft=False, named=())
         ordinary = smoothed_cross_entropy(logits, labels, 0.0)
         soft = jax.lax.stop_gradient(state.soft)[labels]
         softened = smoothed_cross_entropy(logits, soft, 0.0)

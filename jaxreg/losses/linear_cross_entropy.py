@@ -111,7 +111,8 @@ def linear_cross_entropy(
     _check_pieces(layout, hidden, kernel)
     tokens, own_classes = hidden.shape[:-1], kernel.shape[1]
     shape = (*tokens, own_classes * layout.devices())
-    labels = class_labels(labels, shape, len(tokens), options.ignore_index, soft=False)
+    ignored = options.ignore_index
+    labels = class_labels(labels, shape, len(tokens), ignored, soft=False, named=("ignore_index",))
     if where is not None:
         exist = jnp.asarray(where)
         if exist.shape != (own_classes,) or exist.dtype != bool:
@@ -136,7 +137,7 @@ def _loss(
 ) -> jax.Array:
     chosen = Options(**options)
     dtype = _tree.wide_dtype(jnp.promote_types(hidden.dtype, kernel.dtype))
-    if _check.is_number(class_weights):
+    if _check.is_number(class_weights) and not _check.is_concrete(class_weights):
         class_weights = _constant(class_weights)
     classes = classes_of((labels.size, kernel.shape[1]), layout, dtype, class_weights, where)
     targets, weight = index_targets(labels.reshape(-1, 1), classes, chosen)
@@ -158,7 +159,7 @@ def _loss(
 
 @jax.custom_jvp
 def _constant(class_weights: jax.Array) -> jax.Array:
-    """The same; a derivative in them would be 0 where it is not."""
+    """The same weights, with no derivative: `_cotangents` has none, which would be taken for 0."""
     return class_weights
 
 
@@ -169,20 +170,19 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _arrays(hidden: Any, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    array = "a real floating array of shape "
-    hidden = floating("hidden", hidden, f"{array}(..., D)", rank=1)
-    kernel = floating("kernel", kernel, f"{array}(D, V)", rank=2)
+    accepted = "a real floating array of shape "
+    hidden = floating("hidden", hidden, f"{accepted}(..., D)", rank=1)
+    kernel = floating("kernel", kernel, f"{accepted}(D, V)", rank=2)
     if kernel.ndim != 2 or not kernel.shape[1]:
-        raise _check.ArgumentError("kernel", _check.describe(kernel), f"{array}(D, V)")
+        raise _check.ArgumentError("kernel", _check.describe(kernel), f"{accepted}(D, V)")
     if hidden.shape[-1] != kernel.shape[0]:
         accepted = f"as many rows as hidden has features, {hidden.shape[-1]}"
         raise _check.ArgumentError("kernel", _check.describe(kernel), accepted)
     if bias is not None:
-        accepted = f"{array}{kernel.shape[1:]}, or None; smoothing=... gives the smoothing"
-        found = floating("bias", bias, accepted)
-        if found.shape != kernel.shape[1:]:
+        accepted += f"{kernel.shape[1:]}, or None; smoothing=... gives the smoothing"
+        if jnp.shape(bias) != kernel.shape[1:]:
             raise _check.ArgumentError("bias", _check.describe(bias), accepted)
-        bias = found
+        bias = floating("bias", bias, accepted)
     return hidden, kernel, bias
 
 

@@ -126,9 +126,24 @@ def floating(name: str, x: Any, accepted: str, rank: int = 0) -> jax.Array:
 
 
 def class_labels(
-    labels: Any, shape: tuple[int, ...], axis: int, ignore_index: int | None, *, soft: bool = True
+    labels: Any,
+    shape: tuple[int, ...],
+    axis: int,
+    ignore_index: int | None,
+    *,
+    soft: bool = True,
+    named: tuple[str, ...] = ("axis", "ignore_index"),
 ) -> jax.Array:
-    """Labels that fit logits of a shape: integers of its rows, or probabilities of the shape."""
+    """Labels that fit logits of a shape: integers of its rows, or probabilities of the shape.
+
+    Args:
+        labels: to be checked.
+        shape: of the logits.
+        axis: of the classes.
+        ignore_index: an integer label that is no class.
+        soft: whether they may be probabilities.
+        named: which of these arguments the user can give, for hints.
+    """
     rows, count = shape[:axis] + shape[axis + 1 :], shape[axis]
     ignored = "" if ignore_index is None else f" or {ignore_index}"
     accepted = f"integers of shape {rows} in [0, {count}){ignored}"
@@ -143,7 +158,8 @@ def class_labels(
     floating = soft and jnp.issubdtype(labels.dtype, jnp.floating)
     if not ((integer and labels.shape == rows) or (floating and labels.shape == shape)):
         others = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == labels.shape]
-        hint = f"; they fit logits whose classes are along axis={others[0]}" if others else ""
+        turned = others and integer and axis not in others and "axis" in named
+        hint = f"; they fit logits whose classes are along axis={others[0]}" if turned else ""
         raise _check.ArgumentError("labels", _check.describe(labels), accepted + hint)
     if floating and concrete is not None:
         _check.array("labels", concrete, "finite numbers >= 0", _check.is_weight)
@@ -156,7 +172,8 @@ def class_labels(
             wrong &= concrete != ignore_index
         if wrong.any():
             value = concrete[wrong].flat[0]
-            hint = "" if ignored else f"; ignore_index={value} leaves its examples out"
+            hint = f"; ignore_index={value} leaves its examples out"
+            hint = "" if ignored or value >= 0 or "ignore_index" not in named else hint
             raise _check.ArgumentError("labels", f"the value {value}", accepted + hint)
     # 8 bits can't count 300 classes.
     narrow = integer and jnp.iinfo(labels.dtype).bits < 32

@@ -68,7 +68,7 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
             else:
                 at |= dict.fromkeys(own, len(placed))
                 placed.append(place)
-    fits: set[tuple[int, str]] = set()  # what is done once for leaves that are alike
+    fits: set[tuple[int, str]] = set()  # penalties and the shapes that they were tried on
     for place in placed:
         own = place.of(leaves)
         alike = (id(place.penalty), str(jax.tree.map(jnp.shape, own)))
@@ -77,18 +77,18 @@ def places(penalties: Sequence[Penalty], params: Any) -> list[Place]:
                 given = f"{leaves[i].dtype} values on {_named(paths[i])}"
                 raise _check.ArgumentError("penalty", given, "real floating leaves")
         # A shape that does not fit is an error of the penalty's own.
-        with _check.on_leaf(", ".join(_named(paths[i]) for i in jax.tree.leaves(place.leaves))):
-            if alike not in fits:
+        if alike not in fits:
+            with _check.on_leaf(", ".join(_named(paths[i]) for i in jax.tree.leaves(place.leaves))):
                 jax.eval_shape(place.penalty.value, own)
-                fits.add(alike)
+            fits.add(alike)
     return placed
 
 
 def _sum(one: Place, other: Place, shared: str) -> Place:
     """Two places on the same leaves as one."""
     if one.leaves == other.leaves:
+        first = one.penalty.on(other.penalty.where)
         with contextlib.suppress(_check.ArgumentError):
-            first = one.penalty.on(other.penalty.where)
             return Place(first + other.penalty, other.leaves)
     raise _check.ArgumentError(
         "penalty",
