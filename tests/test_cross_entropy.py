@@ -591,3 +591,19 @@ def test_hints_name_what_there_is():
             call()
         assert error.value.name == "labels"
         assert ";" not in error.value.accepted
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["integers", "probabilities"])
+def test_a_class_that_is_alone_keeps_all_of_its_share(soft):
+    """There are no others to be given a part of it."""
+    logits = jnp.array([[0.5, 3.0, -1.0]])
+    only = jnp.array([False, True, False])
+    labels = jnp.array([[0.0, 1.0, 0.0]]) if soft else jnp.array([1])
+
+    def loss(logits):
+        options = {"spread": "others", "where": only, "reduction": "sum"}
+        return jaxreg.smoothed_cross_entropy(logits, labels, 0.2, **options)
+
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, jnp.zeros((1, 3)))
