@@ -154,7 +154,6 @@ def test_a_decay_costs_the_bytes_that_it_needs(name):
     assert found.temporary < temporary + 0.2
 
 
-@new_enough
 def test_no_kernel_adds_up_all_leaves_and_those_of_one_shape_are_alike():
     """What makes a tree of thousands of small leaves compile in minutes."""
     leaves = [jnp.ones(8)] * 300
